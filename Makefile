@@ -1,0 +1,61 @@
+# The Craft of Training: `make help` lists what there is. For Linux and macOS with GNU make and Python 3.11 or newer; the
+# README says what to do without make, on Windows, and with conda.
+
+# The first interpreter that runs, is new enough and can make environments; PYTHON=/path/to/python3.12 chooses another.
+# Being on the PATH is not enough: version managers put names there that do not run.
+NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON  ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$name" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo "$$name" && break; done)
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+PORT    ?= 8888
+BROWSER ?= yes
+FIRST   := /lab/tree/notebooks/00_start_here.ipynb
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test run bench clean
+.SILENT:
+
+help:  ## list these targets
+	echo "The Craft of Training"
+	sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  make %-6s %s\n", $$1, $$2 }'
+
+lab: $(STAMP)  ## open the course in JupyterLab (PORT=8888; BROWSER=no on a server)
+	echo "JupyterLab starts at http://localhost:$(PORT)$(FIRST) (Ctrl-C ends it)"
+	echo "A browser that asks for a token needs the longer address below."
+	# In a container one is root, and Jupyter must be told that this is meant; it still asks for the token and listens
+	# on localhost only
+	if [ "$$(id -u)" = 0 ]; then echo "You are root: what a notebook does, it does as root."; root=--allow-root; fi; \
+	exec $(BIN)/jupyter lab --port=$(PORT) --ServerApp.port_retries=0 --log-level=WARN $$root \
+		$(if $(filter no,$(BROWSER)),--no-browser) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(FIRST)
+
+test: $(STAMP)  ## run everything: lint, types, unit tests, each notebook and its plots
+	$(BIN)/python -m pytest
+
+run: $(STAMP)  ## execute one chapter in place (NB=02), or all of them
+	$(BIN)/python -m course_lib.lab.run_notebook $(NB)
+
+bench: $(STAMP)  ## measure what the course promises about speed, as ratios
+	$(BIN)/python -m tests.benchmarks
+
+clean:  ## remove .venv and what tests and tools left behind (data sets stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info
+	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# Made once; made again only when one of these two files is newer
+$(STAMP): requirements.txt pyproject.toml
+	python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+		echo "The course needs Python 3.11 or newer (with its venv module), and none was found on the PATH."; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; \
+	elif ! "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+		echo "$$python ($$("$$python" -V 2>&1 | head -n 1)) cannot make the environment: it must run, be Python 3.11 or"; \
+		echo "newer, and have its venv module (on Debian and Ubuntu: apt install python3-venv)."; exit 1; \
+	elif ! [ -x $(BIN)/pip ]; then \
+		echo "Creating $(VENV) with $$("$$python" -V)"; "$$python" -m venv $(VENV) || exit 1; \
+	fi
+	echo "Installing what requirements.txt lists (once; some minutes)"
+	[ -t 1 ] || quiet=--quiet; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements.txt
+	touch $(STAMP)

@@ -1,0 +1,64 @@
+"""The laboratory: what every chapter of the course uses, and no technique.
+
+``load`` and ``batches`` (data), ``mlp``, ``convnet``, ``resnet``, ``vit`` (models), ``Recipe``, ``fit``, ``evaluate``
+(training), ``compare`` (arms over seeds), ``Claims`` (tested claims), ``measure``, ``compare_speed``, ``peak_memory``
+(cost), ``explorer`` (widgets), ``check`` and ``progress`` (exercises), ``plotting`` (figures), ``surfaces`` (losses of
+two weights).
+
+Imported in a notebook, it sets the look of all figures and makes each of them carry its data beside its picture.
+"""
+
+from course_lib.lab import figures, plotting, surfaces
+from course_lib.lab.claims import Claims
+from course_lib.lab.data import batches, load, normalise, random_shift
+from course_lib.lab.exercises import check, progress
+from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
+from course_lib.lab.models import convnet, mlp, resnet, vit
+from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
+from course_lib.lab.timing import compare_speed, measure, peak_memory
+from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit
+from course_lib.lab.widgets import choice, explorer, log_slider, slider
+
+__all__ = [
+    "Claims",
+    "Comparison",
+    "Diverged",
+    "History",
+    "Interval",
+    "Recipe",
+    "batches",
+    "check",
+    "check_machine",
+    "choice",
+    "compare",
+    "compare_speed",
+    "convnet",
+    "cross_entropy",
+    "describe_machine",
+    "device",
+    "evaluate",
+    "explorer",
+    "figures",
+    "fit",
+    "load",
+    "log_slider",
+    "mean_interval",
+    "measure",
+    "mlp",
+    "normalise",
+    "peak_memory",
+    "plotting",
+    "profile",
+    "progress",
+    "quick",
+    "random_shift",
+    "resnet",
+    "seed_everything",
+    "slider",
+    "surfaces",
+    "vit",
+]
+
+plotting.style()
+
+figures.register()

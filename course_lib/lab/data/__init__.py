@@ -1,0 +1,26 @@
+"""Data sets in memory, in fixed splits, and batches from them.
+
+===================  ================================================================================================
+``load``             one call for every data set: ``load("digits")``, ``load("mnist", train_size=100)``, …
+``Split, Dataset``   images as one ``uint8`` tensor and labels; train, val and test of them
+``batches``          one pass over a split in normalised batches, shuffled and augmented as whole tensors
+``random_shift``     an augmentation; ``normalise`` is what ``batches`` does to the pixels
+===================  ================================================================================================
+"""
+
+from course_lib.lab.data.dataset import Augment, Dataset, Split, batches, normalise, random_shift
+from course_lib.lab.data.errors import DataDamaged, DataUnavailable
+from course_lib.lab.data.loading import NAMES, load
+
+__all__ = [
+    "NAMES",
+    "Augment",
+    "DataDamaged",
+    "DataUnavailable",
+    "Dataset",
+    "Split",
+    "batches",
+    "load",
+    "normalise",
+    "random_shift",
+]

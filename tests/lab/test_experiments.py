@@ -1,0 +1,149 @@
+"""Comparisons: intervals against an independent reference, pairing, and arms that share their seeds."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_training import RECIPE, blobs, network, weights
+from torch import nn
+
+from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
+from course_lib.lab.training import Diverged, History, fit
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+
+
+def test_interval_is_that_of_scipy():
+    values = np.random.default_rng(0).normal(3, 2, 7)
+    got = mean_interval(values)
+    low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
+    assert (got.mean, got.low, got.high, got.n) == pytest.approx((values.mean(), low, high, 7))
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    hits = [i.low < 3 < i.high for i in (mean_interval(generator.normal(3, 2, 5)) for _ in range(4000))]
+    assert 0.94 < np.mean(hits) < 0.96  # a normal interval in place of Student's would give 0.88
+
+
+@pytest.mark.parametrize("wrong", [{"values": [1.0]}, {"values": [1.0, 2.0], "confidence": 95}])
+def test_interval_refuses(wrong):
+    with pytest.raises(ValueError, match="values|confidence=95"):
+        mean_interval(**wrong)
+
+
+def test_nan_has_no_mean():
+    assert np.isnan(mean_interval([1.0, np.nan]).mean)
+
+
+def test_differences_are_paired_by_seed():
+    luck = np.array([0.1, 0.3, 0.2, 0.5, 0.4])  # what a seed adds to both arms cancels out
+    noise = np.array([0.001, -0.001, 0.0, 0.002, -0.002])
+    measured = Comparison("score", (0, 1, 2, 3, 4), {"a": luck, "b": luck + 0.01 + noise}, {"a": [], "b": []})
+    gap = measured.difference("b", "a")
+    low, high = stats.t.interval(0.95, 4, loc=0.01, scale=stats.sem(noise))
+    assert (gap.low, gap.high) == pytest.approx((low, high))
+    assert gap.excludes_zero
+    assert not Interval(0.0, -1.0, 1.0, 5).excludes_zero
+    assert measured.interval("a").high > measured.interval("b").mean  # unpaired, nothing would be seen
+
+
+def test_recipes_share_first_weights_and_batches():
+    first = []
+
+    def model() -> nn.Module:
+        net = network_unseeded()
+        first.append(weights(net))
+        return net
+
+    def network_unseeded() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    measured = compare({"a": RECIPE, "b": RECIPE}, model=model, data=blobs(), seeds=[4, 7])
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+    assert np.array_equal(measured.values["a"], measured.values["b"])
+    assert measured.seeds == (4, 7)
+
+
+def test_value_is_the_last_epoch_or_the_test_split():
+    recipes = {"a": RECIPE}
+    by_val = compare(recipes, model=lambda: network(1), data=blobs(), seeds=2, metric="val_loss")
+    assert by_val.values["a"][0] == by_val.histories["a"][0]["val_loss"][-1]
+    by_test = compare(recipes, model=lambda: network(1), data=blobs(), seeds=2, metric="test_accuracy")
+    net = network(1)
+    fit(net, blobs(), RECIPE, seed=0)
+    right = (net.eval()(normalised_test()).argmax(1) == blobs().test.labels).double().mean().item()
+    assert by_test.values["a"][0] == pytest.approx(right)
+
+
+def normalised_test() -> torch.Tensor:
+    return (blobs().test.images / 255 - 0.3) / 0.2
+
+
+def test_float64_arms_draw_their_weights_in_float64():
+    seen = []
+
+    def model() -> nn.Module:
+        seen.append(torch.get_default_dtype())
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    compare({"a": replace(RECIPE, precision="float64")}, model=model, data=blobs(), seeds=2)
+    assert seen == [torch.float64] * 2
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_runs_may_be_functions():
+    history = History([{"epoch": 1, "val_accuracy": 0.5}])
+    measured = compare({"number": lambda seed: seed * 2.0, "history": lambda seed: history}, seeds=3)
+    assert measured.values["number"].tolist() == [0, 2, 4]
+    assert measured.values["history"].tolist() == [0.5] * 3
+
+
+def test_a_run_that_diverges_is_reported_not_hidden():
+    def run(seed: int) -> float:
+        if seed == 1:
+            raise Diverged(float("nan"), 1, 1, 0.1)
+        return 0.9
+
+    measured = compare({"steady": lambda seed: 0.8 + seed / 100, "wild": run}, seeds=3)
+    assert np.isnan(measured.interval("wild").mean)
+    assert measured.frame()["diverged"].tolist() == [0, 1]
+    assert "1 of 3" in measured.table().to_html()
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        compare({"a": lambda seed: 1 / 0}, seeds=2)
+
+
+def test_table_sets_clear_differences_in_bold():
+    values = {"base": np.array([0.5, 0.6, 0.7]), "clear": np.array([0.7, 0.8, 0.901]), "unclear": np.array([0.9, 0.6, 0.4])}
+    measured = Comparison("score", (0, 1, 2), values, {})
+    html = measured.table().to_html()
+    assert html.count("font-weight: bold") == 1
+    assert "+0.200 [+0.199, +0.202]" in html
+    frame = measured.frame(baseline="clear")
+    assert frame.loc["base", "minus clear"] == pytest.approx(-0.2003, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"arms": {"a": RECIPE}, "seeds": 1}, r"seeds=\(0,\)"), ({"arms": {"a": RECIPE}, "seeds": [3, 3]}, "different"),
+     ({"arms": {}}, "at least one arm"), ({"arms": {"a": RECIPE}}, "needs model=")],
+)  # fmt: skip
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        compare(**arguments)
+
+
+def test_unknown_arm_is_named():
+    measured = compare({"a": partial(float)}, seeds=2)
+    with pytest.raises(ValueError, match="arm='b'.*'a'"):
+        measured.interval("b")

@@ -1,0 +1,80 @@
+"""Figures: what is drawn is what was given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from course_lib.lab import plotting
+
+
+@pytest.fixture(autouse=True)
+def in_our_style():
+    with plt.rc_context():
+        plotting.style()
+        yield
+    plt.close("all")
+
+
+def test_curves_draw_mean_and_interval():
+    values = np.random.default_rng(0).normal(size=(5, 8))
+    ax = plotting.curves({"one": values}, ylabel="loss")
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), values.mean(0))
+    low, high = stats.t.interval(0.95, 4, loc=values.mean(0), scale=stats.sem(values, axis=0))
+    corners = ax.collections[0].get_paths()[0].vertices
+    for edge in (low, high):
+        assert all(np.abs(corners[:, 1] - y).min() < 1e-12 for y in edge)
+    assert ax.get_ylabel() == "loss (mean of 5 seeds)"
+    assert [t.get_text() for t in ax.texts] == ["one"]
+
+
+def test_line_labels_do_not_overlap_and_keep_their_order():
+    ax = plt.subplots()[1]
+    for k, height in enumerate([0.5, 0.501, 0.502, 0.1]):
+        ax.plot([0, 1], [0, height], label=str(k))
+    plotting.label_lines(ax, gap=0.1)
+    heights = {t.get_text(): t.get_position()[1] for t in ax.texts}
+    assert heights["3"] < heights["0"] < heights["1"] < heights["2"]
+    assert min(np.diff(sorted(heights.values()))) >= 0.1 - 1e-9
+
+
+def test_intervals_draw_mean_and_runs():
+    ax = plotting.intervals({"a": np.array([1.0, 2.0, 3.0]), "b": np.array([4.0, 4.0, 7.0])}, xlabel="score")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    assert [float(c.lines[0].get_xdata()[0]) for c in ax.containers] == [2.0, 5.0]
+    reach = stats.t.ppf(0.975, 2) / np.sqrt(3)
+    segment = ax.containers[0].lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(segment[:, 0], [2 - reach, 2 + reach])
+
+
+def test_image_grid_shows_each_image_once():
+    images = torch.arange(6 * 16, dtype=torch.uint8).reshape(6, 1, 4, 4)
+    fig = plotting.image_grid(images, titles=list("abcdef"), columns=4)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert len(shown) == 6
+    np.testing.assert_array_equal(shown[3].images[0].get_array(), images[3, 0])
+    with pytest.raises(ValueError, match=r"\[6, 16\]"):
+        plotting.image_grid(images.flatten(1))
+
+
+def test_slot_map_lights_what_is_named():
+    fig = plotting.slot_map("optimizer")
+    lit = [p for p in fig.axes[0].patches if p.get_linewidth() == 2]
+    assert len(lit) == 1
+    assert "optimizer" in fig.axes[0].get_title(loc="left")
+    with pytest.raises(ValueError, match="lit='optimiser'.*optimizer"):
+        plotting.slot_map("optimiser")
+
+
+def test_every_technique_chapter_stands_on_the_map():
+    named = ", ".join(chapters for _, _, chapters in plotting.SLOTS.values()).replace("11–14", "11, 12, 13, 14")
+    assert sorted(int(n) for n in named.split(", ")) == list(range(1, 16))
+
+
+def test_landscape_and_path_keep_their_data():
+    ax = plotting.landscape(lambda w: w.square().sum(-1), (-1, 1), (-2, 2))
+    way = np.array([[1.0, 1.0], [0.5, 0.2], [0.0, 0.0]])
+    plotting.path(way, ax=ax, name="SGD")
+    np.testing.assert_array_equal(ax.get_lines()[0].get_xydata(), way)
+    assert ax.get_lines()[0].get_label() == "SGD"

@@ -1,0 +1,376 @@
+"""The project's own rules: lint, types, pins, who may import whom, what belongs to which chapter, and the commands."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "course_lib"
+
+# One module a chapter, chapters 1 to 15 in order; 0, 16 and 17 teach no technique of their own
+TECHNIQUES = (
+    *("preprocessing", "optimizers", "schedules", "batching", "regularization", "early_stopping", "parallel"),
+    *("pruning", "distillation", "partitioning", "compression", "merging", "transfer", "fusion", "efficiency"),
+)
+SHARED = {"lab", "checks", "_torchvision_mend"}
+NOTEBOOKS = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+
+
+# Lint and types
+
+
+def succeeds(*command: str) -> None:
+    """Run a tool in the root; when it complains, its own words are the failure."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        pytest.fail(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def test_lint() -> None:
+    succeeds(sys.executable, "-m", "ruff", "check", "--output-format=concise", "course_lib", "tests")
+
+
+def test_format() -> None:
+    succeeds(sys.executable, "-m", "ruff", "format", "--diff", "course_lib", "tests")
+
+
+@pytest.mark.skipif(not NOTEBOOKS, reason="there are no notebooks yet")
+def test_lint_of_notebooks() -> None:
+    """Names that do not exist, imports that nobody uses, and what is no Python at all."""
+    succeeds(sys.executable, "-m", "ruff", "check", "--output-format=concise", "--select=F,E9", "notebooks")
+
+
+def test_types() -> None:
+    succeeds(sys.executable, "-m", "mypy")
+
+
+# Imports
+
+
+def modules(folder: Path = PACKAGE) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of all that a file imports, anywhere in it; ``from a import b`` is ``a.b``."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def technique_of(path: Path) -> str | None:
+    """The technique whose module or package a file of ``course_lib`` belongs to."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return first if first not in SHARED | {"__init__"} else None
+
+
+def imported_techniques(path: Path) -> dict[str, int]:
+    """The techniques that a file imports, with the line."""
+    found = {}
+    for line, name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "course_lib" and len(parts) > 1 and parts[1] in TECHNIQUES:
+            found[parts[1]] = line
+    return found
+
+
+def test_the_laboratory_imports_no_technique() -> None:
+    wrong = []
+    for path in modules(PACKAGE / "lab"):
+        wrong += [f"{path.relative_to(ROOT)}:{line} imports {t}" for t, line in imported_techniques(path).items()]
+        wrong += [
+            f"{path.relative_to(ROOT)}:{line} imports {name}"
+            for line, name in imports(path)
+            if name.startswith("course_lib.checks.chapter_")  # they know techniques: imported by name, on demand
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_course_lib_imports_neither_tests_nor_notebooks() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        for line, name in imports(path)
+        if name.split(".")[0] in {"tests", "notebooks", "docs"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_techniques_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        if technique := technique_of(path):
+            graph.setdefault(technique, set()).update(imported_techniques(path).keys() - {technique})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"technique modules import each other in a circle: {' -> '.join(error.args[1])}", pytrace=False)
+
+
+# Pins
+
+
+def pins() -> dict[str, str]:
+    """Package to version, as requirements.txt has them."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    bare = [line.partition("#")[0].strip() for line in lines]
+    wanted = [line for line in bare if line and line != "-e ."]  # the course itself has no version to pin
+    loose = [line for line in wanted if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)]
+    assert not loose, f"requirements.txt must pin exact versions (name==1.2.3), got {loose}"
+    return {canonical(name): version for name, version in (line.split("==") for line in wanted)}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_import_is_pinned() -> None:
+    distributions, pinned = metadata.packages_distributions(), pins()
+    own = {"course_lib", "tests", *(path.stem for path in modules(ROOT / "tests"))}
+    wrong = set()
+    for path in (*modules(), *modules(ROOT / "tests")):
+        for line, name in imports(path):
+            top = name.split(".")[0]
+            if top in own or top in sys.stdlib_module_names:
+                continue
+            if not {canonical(d) for d in distributions.get(top, [])} & pinned.keys():
+                wrong.add(f"{path.relative_to(ROOT)}:{line} imports {top}, which requirements.txt does not pin")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_what_course_lib_imports_is_declared() -> None:
+    """``pip install`` of the package alone must give a package that can be imported."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    declared = {canonical(name) for name in re.findall(r'"([A-Za-z0-9._-]+?)>=', block[1])}
+    distributions = metadata.packages_distributions()
+    only_under_pytest = {"pytest", "nbval", "xdist"}
+    tops = {name.split(".")[0] for path in modules() for _, name in imports(path)}
+    third_party = tops - set(sys.stdlib_module_names) - {"course_lib"} - only_under_pytest
+    missing = [top for top in third_party if not {canonical(d) for d in distributions.get(top, [top])} & declared]
+    assert not missing, f"course_lib imports {missing}, which pyproject.toml's dependencies do not name"
+    assert declared <= pins().keys(), f"declared but not pinned: {declared - pins().keys()}"
+
+
+def test_conda_gets_the_same() -> None:
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert "- -r requirements.txt" in text
+    assert "==" not in text, "a version stands once, in requirements.txt"
+
+
+# Chapters
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_has_its_module_and_its_tests(name: str) -> None:
+    assert re.fullmatch(r"(0\d|1[0-7])_[a-z_]+\.ipynb", name), f"{name} should be NN_name.ipynb, NN from 00 to 17"
+    number = int(name[:2])
+    twins = [other for other in NOTEBOOKS if other[:2] == name[:2]]
+    assert len(twins) == 1, f"one notebook a chapter, but there are {twins}"
+    if 1 <= number <= len(TECHNIQUES):
+        module = TECHNIQUES[number - 1]
+        assert technique_files(module), f"{name} teaches course_lib/{module}.py (or the package {module}/), not there"
+    cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
+    if any(re.search(r"\bcheck\(['\"]\d\d\.\d", cell.source) for cell in cells if cell.cell_type == "code"):
+        assert (PACKAGE / "checks" / f"chapter_{name[:2]}.py").is_file(), f"{name} uses check(): its checks are missing"
+
+
+def technique_files(module: str) -> list[Path]:
+    return [path for path in (PACKAGE / f"{module}.py", PACKAGE / module / "__init__.py") if path.is_file()]
+
+
+def test_every_module_belongs_to_a_chapter_and_has_tests() -> None:
+    wrong = []
+    for technique in sorted({name for path in modules() if (name := technique_of(path))}):
+        if technique not in TECHNIQUES:
+            wrong.append(f"course_lib/{technique}: not the module of a chapter; those are {', '.join(TECHNIQUES)}")
+        elif not (ROOT / "tests" / f"test_{technique}.py").is_file():
+            wrong.append(f"course_lib/{technique}: has no tests/test_{technique}.py")
+        elif len(technique_files(technique)) != 1:
+            wrong.append(f"course_lib/{technique}: is either a module or a package, not both")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_of_the_laboratory_has_tests() -> None:
+    names = {path.name.removesuffix(".py") for path in (PACKAGE / "lab").iterdir() if not path.name.startswith("_")}
+    missing = sorted(name for name in names if not (ROOT / "tests" / "lab" / f"test_{name}.py").is_file())
+    assert not missing, f"tests/lab/ has no test_NAME.py for {missing}"
+
+
+def test_nothing_names_a_folder_of_somebodys_machine() -> None:
+    personal = re.compile(r"(?<![\w.])/(?:home|Users|root|work)/\w[^\s\"']*|[A-Z]:\\{1,2}Users\\")
+    folders = ("course_lib", "tests", "notebooks", "docs", ".ci")
+    paths = [p for p in ROOT.iterdir() if p.is_file()] + [p for f in folders for p in (ROOT / f).rglob("*")]
+    suffixes = {"", ".py", ".ipynb", ".md", ".txt", ".toml", ".yml", ".yaml", ".cfg", ".json", ".html"}
+    wrong = []
+    for path in paths:
+        hidden = {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)
+        if path.is_file() and path.suffix in suffixes and not hidden and path.name != ".git":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if match := personal.search(line):
+                    wrong.append(f"{path.relative_to(ROOT)}:{number} names {match[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+# Commands
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """GNU make as a reader calls it: without what this test run's own make has put into the environment."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON"}}
+    if path is not None:
+        environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A checkout whose environment has been made: each command there only writes down how it was called."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+        os.utime(tmp_path / name, (1_000_000, 1_000_000))
+    for name in ("python", "pip", "jupyter"):
+        script(tmp_path / ".venv" / "bin" / name, f'echo "{name} $@"')
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@needs_make
+def test_help_lists_every_target() -> None:
+    done = make(ROOT)
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    declared = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE)
+    assert declared is not None
+    assert re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE) == declared[1].split()
+    assert make(ROOT, "help").stdout == done.stdout, "help is what plain `make` does"
+    assert {"lab", "test", "run", "bench", "clean", "help"} == set(declared[1].split())
+
+
+@needs_make
+def test_a_second_call_installs_nothing(installed: Path) -> None:
+    assert make(installed, "test").stdout == "python -m pytest\n"
+    assert make(installed, "-n", "test").stdout.split() == [".venv/bin/python", "-m", "pytest"]
+    assert make(installed, "bench").stdout == "python -m tests.benchmarks\n"
+    assert make(installed, "run", "NB=02").stdout == "python -m course_lib.lab.run_notebook 02\n"
+    assert make(installed, "run").stdout == "python -m course_lib.lab.run_notebook\n"
+
+
+@needs_make
+@pytest.mark.parametrize("newer", ["requirements.txt", "pyproject.toml"])
+def test_a_changed_pin_installs_once(installed: Path, newer: str) -> None:
+    os.utime(installed / ".venv" / ".installed", (2_000_000, 2_000_000))
+    os.utime(installed / newer, (3_000_000, 3_000_000))
+    first, second = make(installed, "test").stdout, make(installed, "test").stdout
+    assert "pip install --quiet --disable-pip-version-check --requirement requirements.txt\n" in first
+    assert first.endswith("python -m pytest\n")
+    assert second == "python -m pytest\n"
+
+
+@needs_make
+def test_an_install_that_failed_is_tried_again(installed: Path) -> None:
+    (installed / ".venv" / ".installed").unlink()
+    script(installed / ".venv" / "bin" / "python", 'echo "python $@"; exit 1')
+    for _ in range(2):
+        done = make(installed, "test")
+        assert done.returncode != 0
+        assert "pip install" in done.stdout
+        assert "pytest" not in done.stdout
+
+
+@needs_make
+def test_a_python_that_does_not_do_is_named(installed: Path) -> None:
+    shutil.rmtree(installed / ".venv")
+    old = script(installed / "old" / "python3.9", 'if [ "$1" = -V ]; then echo Python 3.9.18; else exit 1; fi')
+    done = make(installed, "test", f"PYTHON={old}")
+    assert done.returncode != 0
+    assert f"{old} (Python 3.9.18) cannot make the environment" in done.stdout
+    assert "3.11" in done.stdout
+    done = make(installed, "test", "PYTHON=")
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stdout
+    assert not (installed / ".venv").exists()
+
+
+@needs_make
+def test_a_python_on_the_path_that_does_not_run_is_passed_over(installed: Path) -> None:
+    (installed / ".venv" / ".installed").unlink()
+    shims = installed / "shims"
+    script(shims / "python3.11", "exit 127")
+    script(shims / "python3.12", f'echo "chosen: $0" >> {installed}/log')
+    make(installed, "test", path=shims)
+    assert "python3.12" in (installed / "log").read_text()
+
+
+@needs_make
+def test_lab_opens_the_first_chapter(installed: Path) -> None:
+    plain = make(installed, "lab").stdout
+    assert "http://localhost:8888/lab/tree/notebooks/00_start_here.ipynb" in plain
+    assert re.search(r"^jupyter lab --port=8888 .*url=/lab/tree/notebooks/00_start_here\.ipynb$", plain, re.MULTILINE)
+    assert f"--ServerApp.root_dir={installed}" in plain, "the address is relative to the folder that is served"
+    assert "--no-browser" not in plain
+    server = make(installed, "lab", "PORT=9001", "BROWSER=no").stdout
+    assert "http://localhost:9001/lab" in server
+    assert re.search(r"^jupyter lab --port=9001 .*--no-browser", server, re.MULTILINE)
+
+
+@needs_make
+def test_clean_keeps_the_data(installed: Path) -> None:
+    (installed / "data").mkdir()
+    (installed / "data" / "mnist.bin").touch()
+    (installed / "course_lib" / "__pycache__").mkdir(parents=True)
+    assert make(installed, "clean").returncode == 0
+    assert sorted(path.name for path in installed.iterdir()) == [
+        *("Makefile", "course_lib", "data", "pyproject.toml", "requirements.txt")
+    ]
+    assert (installed / "data" / "mnist.bin").exists()
+    assert not any((installed / "course_lib").iterdir())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_build_server_runs_make_test(tmp_path: Path, shared: bool) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
+    script(tmp_path / "bin" / "make", 'echo "make $@ in $PWD shared=$COURSE_SHARED"')
+    if shared:
+        (tmp_path / "shared" / "data").mkdir(parents=True)
+    environment = {k: v for k, v in os.environ.items() if k != "COURSE_SHARED"}
+    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(checkout / ".ci" / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    expected = tmp_path / "shared" if shared else ""
+    assert (done.returncode, done.stdout) == (0, f"make test in {checkout} shared={expected}\n"), done.stderr
