@@ -904,3 +904,74 @@ def test_cuda_agrees_with_torch(name: str, settings: dict[str, Any]) -> None:
         one.step()
         two.step()
     assert difference(a, b) <= 1e-6
+
+
+# --- Composite ------------------------------------------------------------------------------------------------------
+
+
+def split(net: Net) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices of a network, and everything else."""
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    return matrices, [p for p in net.parameters() if p.ndim != 2]
+
+
+def muon_and_adamw(net: Net) -> ours.Composite:
+    matrices, rest = split(net)
+    return ours.Composite(Muon(matrices, lr=0.02), AdamW(rest, lr=0.01))
+
+
+def test_composite_moves_each_part_as_its_optimizer_alone_would() -> None:
+    together, apart = Net(), Net()
+    train(together, muon_and_adamw(together), steps=40)
+    matrices, rest = split(apart)
+    muon, adamw = Muon(matrices, lr=0.02), AdamW(rest, lr=0.01)
+    for step in range(40):
+        closure_for(apart, muon_and_adamw(apart), step)()
+        muon.step()
+        adamw.step()
+    assert difference(together, apart) == 0
+
+
+def test_composite_resumes_exactly() -> None:
+    whole, resumed = Net(), Net()
+    train(whole, muon_and_adamw(whole))
+    first = muon_and_adamw(resumed)
+    train(resumed, first, steps=40)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = muon_and_adamw(resumed)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    train(resumed, second, first=40, steps=STEPS - 40)
+    assert difference(whole, resumed) == 0
+
+
+def test_a_schedule_reaches_every_part_of_a_composite() -> None:
+    net = Net()
+    composite = muon_and_adamw(net)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(composite, 0.5)
+    train(net, composite, steps=1)
+    schedule.step()
+    assert [part.param_groups[0]["lr"] for part in composite.parts] == [0.01, 0.005]
+
+
+def test_sam_goes_around_a_composite() -> None:
+    net = Net()
+    composite = muon_and_adamw(net)
+    calls: list[int] = []
+    SAM(composite).step(closure_for(net, composite, 0, calls))
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match=r"SAM\(Composite"):
+        ours.Composite(SAM(SGD(list(net.parameters()), lr=0.1)))
+
+
+def test_composite_refuses_what_it_cannot_share_out() -> None:
+    weights = [torch.zeros(2, requires_grad=True)]
+    with pytest.raises(ValueError, match="share 1 parameters"):
+        ours.Composite(SGD(weights), Adam(weights))
+    with pytest.raises(ValueError, match=r"parts is \(\)"):
+        ours.Composite()
+    with pytest.raises(ValueError, match="add the group to one of the parts"):
+        ours.Composite(SGD(weights)).add_param_group({"params": [torch.zeros(1)]})
+    with pytest.raises(ValueError, match="state of 0 parts; it must be 1"):
+        ours.Composite(SGD(weights)).load_state_dict({})

@@ -83,16 +83,32 @@ def _last_digit(number: str) -> float:
     return 10.0 ** (int(exponent or 0) - decimals) if decimals or exponent else 0.0
 
 
-def _number_difference(stored: str, fresh: str, tolerance: float | None) -> str | None:
+def _number_difference(stored: str, fresh: str, tolerance: float | None, scale: float) -> str | None:
     a, b = _value(stored), _value(fresh)
     if tolerance is None:
         return None if math.isfinite(b) else f"{fresh} is not finite"
     if not (math.isfinite(a) and math.isfinite(b)):
         same = a == b or (math.isnan(a) and math.isnan(b))
         return None if same else f"{fresh}, stored {stored}"
-    # Two values that agree may still be rounded to neighbouring decimals.
-    allowed = tolerance * abs(a) + max(_last_digit(stored), _last_digit(fresh))
+    allowed = tolerance * max(abs(a), scale)
+    # Values that agree may still be rounded to neighbouring decimals. A number of one digit (0.001) is taken as exact,
+    # as learning rates are; zero is what rounding made of something small.
+    last = max(_last_digit(stored), _last_digit(fresh))
+    if last <= 0.1 * abs(a) * (1 + 1e-9) or 0 in (a, b):
+        allowed += last
     return None if abs(a - b) <= allowed * (1 + 1e-9) else f"{fresh}, stored {stored}, tolerance {allowed:.2g}"
+
+
+def _scale(text: str, tolerance: float | None) -> float:
+    """The number that a cell's own tolerance refers to: the largest decimal of the line.
+
+    A difference between two accuracies lies about zero, and a share of zero would be no tolerance at all. Without a
+    tag each number is measured by itself, so that a learning rate is not measured by the accuracy beside it.
+    """
+    if tolerance is None or tolerance <= TOLERANCE:
+        return 0.0
+    decimals = [match.group() for match in _NUMBER_PATTERN.finditer(text) if _last_digit(match.group())]
+    return max((abs(value) for value in map(_value, decimals) if math.isfinite(value)), default=0.0)
 
 
 def _clean(text: str) -> str:
@@ -112,8 +128,13 @@ def shorten(text: str, width: int = 80) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def text_differences(stored: str, fresh: str, tolerance: float | None = TOLERANCE) -> list[str]:
-    """What differs between two texts: words exactly (white space aside), numbers within ``tolerance``."""
+def text_differences(
+    stored: str, fresh: str, tolerance: float | None = TOLERANCE, *, row: str | None = None
+) -> list[str]:
+    """What differs between two texts: words exactly (white space aside), numbers within ``tolerance``.
+
+    ``row`` is the whole row of a table that a cell's text stands in.
+    """
     stored, fresh = _clean(stored), _clean(fresh)
     pattern = _MEASURED_PATTERN if tolerance is None else _NUMBER_PATTERN
     old, new = _tokens(stored, pattern), _tokens(fresh, pattern)
@@ -129,7 +150,10 @@ def text_differences(stored: str, fresh: str, tolerance: float | None = TOLERANC
             where = f"line {line + 1} reads" if several else "reads"
             found.append(f"{where} '{shorten(fresh_lines[line])}', stored '{shorten(stored_lines[line])}'")
             break
-        problem = _number_difference(a.number, b.number, tolerance) if b.number else None
+        if not b.number:
+            continue
+        scale = _scale(stored_lines[a.line] if row is None else row, tolerance)
+        problem = _number_difference(a.number, b.number, tolerance, scale)
         if problem:
             context = shorten(fresh_lines[b.line], 60)
             where = (f"line {b.line + 1}, " if several else "") + (f"'{context}': " if context != b.number else "")
@@ -176,7 +200,7 @@ class _HtmlReader(HTMLParser):
             self.flush()
 
     def handle_data(self, data: str) -> None:
-        if self._silent == 0:
+        if self._silent == 0 and (self._cells or data.strip()):
             self._cells = [*self._cells[:-1], (self._cells[-1] if self._cells else "") + data]
 
     def flush(self) -> None:
@@ -219,7 +243,7 @@ def html_differences(stored: str, fresh: str, tolerance: float | None = TOLERANC
                 row_name = f"'{shorten(a.cells[0], 40)}'" if a.cells[0] else str(number)
                 named = len(heading) == len(a.cells) and heading[column] and not a.heading
                 where = f"row {row_name}, column {repr(heading[column]) if named else column + 1}: "
-            for problem in text_differences(x, y, tolerance):
+            for problem in text_differences(x, y, tolerance, row=" ".join(a.cells)):
                 # In a cell the number is its own context.
                 found.append(where + (problem.removeprefix(f"'{shorten(y, 60)}': ") if where else problem))
     return found

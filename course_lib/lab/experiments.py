@@ -50,7 +50,7 @@ class Interval:
 
 
 def mean_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """The mean of independent runs with its Student-t interval: ``mean ± t · s / √n`` with ``n - 1`` degrees of freedom.
+    """The mean of independent runs and its Student-t interval: ``mean ± t · s / √n``, ``n - 1`` degrees of freedom.
 
     A value that is NaN (a run that diverged) makes the whole interval NaN: there is no mean to speak of.
 
@@ -90,7 +90,7 @@ class Comparison:
         return mean_interval(self.values[self._known(arm)] - self.values[self._known(other)])
 
     def frame(self, baseline: str | None = None) -> pd.DataFrame:
-        """One row an arm: mean, interval, and the paired difference to ``baseline`` (the first arm) with its interval."""
+        """One row an arm: mean, interval, and the paired difference to ``baseline`` (else the first arm)."""
         baseline = self._known(baseline) if baseline is not None else next(iter(self.values))
         rows = {}
         for arm in self.values:
@@ -118,8 +118,9 @@ class Comparison:
             for _, row in frame.iterrows()
         ]
         shown[f"{column} (paired)"] = [
-            "" if np.isnan(row[column]) else f"{row[column]:+.{digits}f} [{row['diff low']:+.{digits}f}, "
-            f"{row['diff high']:+.{digits}f}]"
+            f"{row[column]:+.{digits}f} [{row['diff low']:+.{digits}f}, {row['diff high']:+.{digits}f}]"
+            if not np.isnan(row[column])
+            else ""
             for _, row in frame.iterrows()
         ]
         if frame["diverged"].any():
@@ -212,6 +213,6 @@ def _one_run(
         torch.set_default_dtype(usual)
     history = fit(network, data, arm, seed=seed, progress=False)
     if metric.startswith("test_"):
-        found = evaluate(network, data.test)
-        return {"test_accuracy": found.accuracy, "test_loss": found.loss}[metric], history
+        on_test = evaluate(network, data.test)
+        return {"test_accuracy": on_test.accuracy, "test_loss": on_test.loss}[metric], history
     return history[metric][-1], history

@@ -217,8 +217,9 @@ def _line(artist: Any, axes: Axes) -> Description:
 
 def _shape(artist: Any) -> Description:
     if isinstance(artist, patches.FancyArrowPatch):
-        connected = isinstance(artist, patches.ConnectionPatch)
-        ends: Any = (artist.xy1, artist.xy2) if connected else getattr(artist, "_posA_posB", None)
+        ends: Any = getattr(artist, "_posA_posB", None)
+        if isinstance(artist, patches.ConnectionPatch):
+            ends = artist.xy1, artist.xy2
         return _segments("arrow", artist, [ends] if ends and ends[0] is not None else [])
     if isinstance(artist, patches.FancyBboxPatch):
         x, y = artist.get_x(), artist.get_y()

@@ -1,11 +1,11 @@
 """Small real networks, each a few lines of the architecture that its name promises.
 
-===========  =====================================================================  ============================================
+===========  ===========================================================  ========================================
 ``mlp``      linear layers and ReLU                                       Rumelhart, Hinton & Williams 1986, Nature 323
 ``convnet``  3x3 convolutions, batch norm, max pooling (VGG in small)     Simonyan & Zisserman 2014, arXiv 1409.1556
 ``resnet``   basic residual blocks on three resolutions                   He et al. 2015, arXiv 1512.03385
 ``vit``      image patches as tokens, pre-norm transformer encoder        Dosovitskiy et al. 2020, arXiv 2010.11929
-===========  =====================================================================  ============================================
+===========  ===========================================================  ========================================
 
 Each takes ``(input_shape, classes)`` and normalised float images ``[N, C, H, W]``, and gives logits ``[N, classes]``.
 Weights are drawn from torch's global generator: ``seed_everything(3)`` before the call fixes them. ``torch.fx`` can
@@ -210,7 +210,7 @@ class ViT(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
-        tokens = self.embed(x).flatten(2).transpose(1, 2)  # [N, C, H, W] -> [N, tokens, width]
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [N, C, H, W] -> [N, tokens, width]
         return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
 
 

@@ -138,6 +138,13 @@ def _errors(outputs: Iterable[Output]) -> str:
     return "\n".join(f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error")
 
 
+def _by_kind(displays: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for data in displays:
+        kinds.setdefault(_kind(data), []).append(data)
+    return kinds
+
+
 def _count(n: int, kind: str) -> str:
     return f"{n or 'no'} {kind}{'' if n == 1 else 's'}"
 
@@ -152,19 +159,18 @@ def output_differences(
     stored, fresh = list(stored), list(fresh)
     found = [f"error: {problem}" for problem in text_differences(_errors(stored), _errors(fresh), tolerance)]
     found += [f"printed text, {problem}" for problem in text_differences(_stream(stored), _stream(fresh), tolerance)]
-    old, new = _displays(stored), _displays(fresh)
-    old_kinds, new_kinds = [_kind(data) for data in old], [_kind(data) for data in new]
-    if old_kinds != new_kinds:
-        for kind in dict.fromkeys(old_kinds + new_kinds):
-            before, now = old_kinds.count(kind), new_kinds.count(kind)
-            if before != now:
-                found.append(f"{_count(now, kind)}, stored {before or 'none'}")
-        if sorted(old_kinds) == sorted(new_kinds):
-            found.append(f"shown are {', '.join(new_kinds)}, stored in the order {', '.join(old_kinds)}")
-        return found
-    for i, (kind, a, b) in enumerate(zip(old_kinds, old, new, strict=True)):
-        name = kind if kind == "text" and len(old) == 1 else f"{kind} {old_kinds[: i + 1].count(kind)}"
-        found += [f"{name}, {problem}" for problem in _display_differences(a, b, tolerance)]
+    old, new = _by_kind(_displays(stored)), _by_kind(_displays(fresh))
+    for kind in dict.fromkeys([*old, *new]):
+        before, now = old.get(kind, []), new.get(kind, [])
+        if len(before) != len(now):
+            found.append(f"{_count(len(now), kind)}, stored {len(before) or 'none'}")
+            continue
+        for number, (a, b) in enumerate(zip(before, now, strict=True), start=1):
+            name = kind if kind == "text" and len(before) == 1 else f"{kind} {number}"
+            found += [f"{name}, {problem}" for problem in _display_differences(a, b, tolerance)]
+    orders = [[_kind(data) for data in _displays(outputs)] for outputs in (stored, fresh)]
+    if orders[0] != orders[1] and not found:
+        found.append(f"shown are {', '.join(orders[1])}, stored in the order {', '.join(orders[0])}")
     return found
 
 
@@ -217,6 +223,10 @@ class CourseNotebook(IPyNbFile):
     def setup(self) -> None:
         with _environment(kernel_environment(os.environ)):
             super().setup()
+        # nbval runs cells without history. IPython then does not see the semicolon at a cell's end, and shows a value
+        # that is not shown in Jupyter.
+        execute = self.kernel.kc.execute
+        self.kernel.kc.execute = lambda code, **options: execute(code, **(options | {"store_history": True}))
 
 
 def kernel_environment(environ: Mapping[str, str]) -> dict[str, str | None]:

@@ -1,12 +1,13 @@
 """One look for all figures of the course, and the kinds of figure that recur in it.
 
 ``curves`` (means over seeds with bands), ``intervals`` (runs, means and intervals of several arms), ``image_grid``,
-``landscape`` and ``path`` (optimizers on a surface), ``slot_map`` (the training loop with this chapter's slot lit).
+``landscape`` and ``path`` (optimizers on a surface), ``slot_map`` (the training loop with this chapter's slot lit),
+``chapter_map`` (the chapters and what each builds on).
 Colours are those of Okabe and Ito (2008, "Color Universal Design"), told apart by colour-blind readers; lines also
 differ in dash, so that they survive a grey print.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,9 +21,16 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 from torch import Tensor
 
-
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), "-")
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (5, 1, 1, 1)),
+    (0, (8, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    "-",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#9a9a9a"
 
@@ -32,8 +40,8 @@ def style() -> None:
     plt.rcParams.update(
         {
             "figure.figsize": (6.4, 3.6),
-            "figure.dpi": 90,
-            "savefig.dpi": 90,
+            "figure.dpi": 80,
+            "savefig.dpi": 80,
             "figure.constrained_layout.use": True,
             "axes.prop_cycle": cycler(color=PALETTE, linestyle=DASHES),
             "axes.spines.top": False,
@@ -97,7 +105,7 @@ def curves(
             ax.fill_between(points, low, high, color=look(k)["color"], alpha=0.15, linewidth=0)
     if x is None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel=xlabel, ylabel=f"{ylabel} (mean of {seeds} seeds)" if seeds > 1 else ylabel, title=title)
+    ax.set(xlabel=f"{xlabel} (means and 95% bands, {seeds} seeds)" if seeds > 1 else xlabel, ylabel=ylabel, title=title)
     if label:
         label_lines(ax)
     return ax
@@ -105,23 +113,23 @@ def curves(
 
 def label_lines(ax: Axes, *, gap: float = 0.055) -> None:
     """Write each line's label at its right end, in its colour, ``gap`` of the axes' height apart at least."""
-    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_") and len(line.get_xdata())]
+    lines = [
+        line for line in ax.get_lines() if not str(line.get_label()).startswith("_") and np.size(line.get_xydata())
+    ]
     if not lines:
         return
     ax.autoscale_view()
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = []
-    for line in lines:
-        shown = np.isfinite(np.asarray(line.get_ydata(), dtype=float))
-        x, y = np.asarray(line.get_xdata())[shown][-1], np.asarray(line.get_ydata())[shown][-1]
-        ends.append([float(np.clip(to_axes.transform((x, y))[1], 0, 1)), line])
-    ends.sort(key=lambda end: end[0])
-    for below, above in zip(ends, ends[1:], strict=False):
-        above[0] = max(above[0], below[0] + gap)
-    overshoot = max(0.0, ends[-1][0] - 1)
-    for height, line in ends:
-        ax.text(1.02, height - overshoot, line.get_label(), color=line.get_color(), transform=ax.transAxes, va="center",
-                fontsize=9)  # fmt: skip
+    points = [np.asarray(line.get_xydata(), dtype=float) for line in lines]
+    ends = [to_axes.transform(xy[np.isfinite(xy).all(1)][-1])[1] for xy in points]
+    order = np.argsort(ends, kind="stable")
+    heights = np.clip(ends, 0, 1)[order]
+    for k in range(1, len(heights)):
+        heights[k] = max(heights[k], heights[k - 1] + gap)
+    heights -= max(0.0, heights[-1] - 1)
+    for height, k in zip(heights, order, strict=True):
+        text, colour = str(lines[k].get_label()), lines[k].get_color()
+        ax.text(1.02, height, text, color=colour, transform=ax.transAxes, va="center", fontsize=9)
 
 
 def intervals(
@@ -131,13 +139,13 @@ def intervals(
     title: str = "",
     xlabel: str = "",
 ) -> Axes:
-    """One row an arm: its runs as faint dots, its mean with the 95% interval as a bar. ``values``: name -> ``[seeds]``."""
+    """One row an arm: its runs as faint dots, its mean with the 95% interval. ``values``: name -> ``[seeds]``."""
     if ax is None:
-        ax = plt.subplots(figsize=(6.4, 1.1 + 0.36 * len(values)))[1]
+        ax = plt.subplots(figsize=(6.4, 1.1 + 0.28 * len(values)))[1]
     for row, (_, runs) in enumerate(values.items()):
         runs = np.asarray(runs, dtype=float)
         mean, low, high = band(runs[:, None])
-        ax.plot(runs, np.full(len(runs), row + 0.22), "o", color=FAINT, markersize=3, alpha=0.7)
+        ax.plot(runs, np.full(len(runs), row + 0.25), "o", color=FAINT, markersize=3, alpha=0.7)
         ax.errorbar(mean, [row], xerr=[mean - low, high - mean], fmt="o", color=PALETTE[0], capsize=3, markersize=5)
     count = max(len(runs) for runs in values.values())
     ax.set(xlabel=f"{xlabel} (mean and 95% interval, {count} seeds)", title=title)
@@ -175,10 +183,10 @@ def landscape(
     ylim: tuple[float, float],
     *,
     ax: Axes | None = None,
-    levels: int = 18,
+    levels: int = 12,
     title: str = "",
 ) -> Axes:
-    """Contours of ``surface`` (``[..., 2] -> [...]``), spaced evenly in the logarithm of the height above the lowest point shown."""
+    """Contours of ``surface`` (``[..., 2] -> [...]``), evenly spaced in the logarithm of the height above the lowest."""
     ax = ax if ax is not None else plt.subplots(figsize=(4.6, 3.6))[1]
     x, y = np.meshgrid(np.linspace(*xlim, 120), np.linspace(*ylim, 120))
     height = surface(torch.from_numpy(np.stack([x, y], axis=-1))).numpy()
@@ -193,8 +201,9 @@ def path(points: np.ndarray, *, ax: Axes, name: str, index: int = 0) -> None:
     """The way of an optimizer over a landscape, ``[steps, 2]``, with a dot at its end."""
     points = np.asarray(points, dtype=float)
     colour = look(index)["color"]
-    ax.plot(points[:, 0], points[:, 1], "-", color=colour, linewidth=1.2, label=name)
-    ax.plot(points[:, 0], points[:, 1], ".", color=colour, markersize=3, label="_")
+    ax.plot(
+        points[:, 0], points[:, 1], color=colour, linestyle="-", marker=".", markersize=3, linewidth=1.2, label=name
+    )
     ax.plot(*points[-1], MARKERS[index % len(MARKERS)], color=colour, markersize=7, markeredgecolor="white", label="_")
 
 
@@ -241,8 +250,8 @@ def slot_map(*lit: str) -> Figure:
     ax.set(xlim=(0.05, 9.55), ylim=(0.5, 3.5), aspect="equal")
     ax.set_axis_off()
     where = " and ".join(lit)
-    ax.set_title(f"The training loop; this chapter changes the slot “{where}”" if lit else "The training loop, one slot "
-                 "for each kind of technique", fontsize=11)  # fmt: skip
+    what = f"this chapter changes the slot “{where}”" if lit else "one slot for each kind of technique"
+    ax.set_title(f"The training loop: {what}", fontsize=11)
     return fig
 
 
@@ -254,3 +263,94 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> FancyArrowPa
     reach = min(half_width / abs(dx) if dx else np.inf, half_height / abs(dy) if dy else np.inf)
     tail, head = (x0 + reach * dx, y0 + reach * dy), (x1 - reach * dx, y1 - reach * dy)
     return FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=11, color="#555555", linewidth=1.3)
+
+
+# number -> short title, the slot it changes ("" where it is about the whole loop), where it stands (column, row)
+CHAPTERS: dict[int, tuple[str, str, tuple[float, float]]] = {
+    0: ("start here", "", (0, 2.5)),
+    1: ("data\npreprocessing", "data", (1, 4.5)),
+    2: ("optimizers", "optimizer", (1, 2)),
+    3: ("learning rate", "schedule", (2, 2)),
+    4: ("batch size", "batch", (3, 3)),
+    5: ("regularization", "objective", (2, 4.5)),
+    6: ("early stopping", "stopping", (3, 5)),
+    7: ("parallel\ntraining", "execution", (4, 3)),
+    8: ("pruning", "model", (3, 2)),
+    9: ("distillation", "objective", (3, 4)),
+    10: ("model\npartitioning", "execution", (5, 3)),
+    11: ("compression", "model", (4, 2)),
+    12: ("merging", "model", (3, 1)),
+    13: ("transfer\nlearning", "model", (3, 0)),
+    14: ("fusion", "model", (4, 1)),
+    15: ("model\noptimization", "execution", (5, 2)),
+    16: ("all in one\nrecipe", "", (6, 3)),
+    17: ("trends\nand FAQ", "", (6, 2)),
+}
+# (a, b): read a before b. What follows from two arrows is not drawn, nor that 16 and 17 stand on all of the others.
+NEEDS = ((0, 1), (0, 2), (1, 5), (2, 5), (2, 3), (3, 4), (3, 8), (3, 12), (3, 13), (5, 6), (5, 9), (4, 7), (7, 10),
+         (8, 11), (11, 15), (12, 14), (16, 17))  # fmt: skip
+_SLOT_COLOURS = {
+    "data": "#cfe8f7", "batch": "#d9f0e4", "model": "#e8e8e8", "objective": "#f6dcea", "optimizer": "#fbe3b5",
+    "schedule": "#fdf3a7", "stopping": "#f7d0bb", "execution": "#c9d4ee", "": "#ffffff",
+}  # fmt: skip
+
+
+def chapter_map(written: Collection[int] | None = None) -> Figure:
+    """The chapters and what each builds on, coloured by the slot that it changes.
+
+    A solid frame marks the chapters in ``written`` (by default those with a notebook in this checkout), a dashed one
+    those to come.
+    """
+    there = _chapters_with_a_notebook() if written is None else set(written)
+    if unknown := sorted(there - CHAPTERS.keys()):
+        raise ValueError(f"written={unknown}: the chapters are numbered from 0 to {max(CHAPTERS)}")
+    fig, ax = plt.subplots(figsize=(10, 5))
+    for number, (title, slot, place) in CHAPTERS.items():
+        x, y = _on_the_map(place)
+        on = number in there
+        ax.add_patch(FancyBboxPatch((x - 0.68, y - 0.34), 1.36, 0.68, boxstyle="round,pad=0.02,rounding_size=0.1",
+                                    facecolor=_SLOT_COLOURS[slot], edgecolor=INK if on else FAINT,
+                                    linewidth=2.2 if on else 1, linestyle="-" if on else (0, (3, 2))))  # fmt: skip
+        two_lines = "\n" in title
+        ax.text(x, y + (0.1 if slot else 0), f"{number}  {title}", ha="center", va="center", fontsize=8.5, color=INK,
+                weight="bold" if on else "normal", linespacing=1.15)  # fmt: skip
+        ax.text(x, y - (0.26 if two_lines else 0.2), slot, ha="center", va="center", fontsize=7, color="#444444",
+                style="italic")  # fmt: skip
+    for before, after in NEEDS:
+        ax.add_patch(_map_arrow(_on_the_map(CHAPTERS[before][2]), _on_the_map(CHAPTERS[after][2])))
+    _bracket(ax)
+    ax.set(xlim=(-0.75, 10.95), ylim=(-0.5, 5.05))
+    ax.set_axis_off()
+    ax.set_title("What builds on what: an arrow means “read this first”; solid frames are written, dashed ones to come",
+                 fontsize=11)  # fmt: skip
+    return fig
+
+
+def _chapters_with_a_notebook() -> set[int]:
+    from course_lib.lab.runtime import checkout
+
+    root = checkout()
+    found = (root / "notebooks").glob("[0-9][0-9]_*.ipynb") if root is not None else ()
+    return {int(path.name[:2]) for path in found}
+
+
+def _on_the_map(place: tuple[float, float]) -> tuple[float, float]:
+    column, row = place
+    return 1.7 * column, 0.88 * row
+
+
+def _map_arrow(start: tuple[float, float], end: tuple[float, float]) -> FancyArrowPatch:
+    """From the right edge of one box to the left edge of another, or straight down within a column."""
+    (x0, y0), (x1, y1) = start, end
+    if x0 == x1:
+        tail, head = (x0, y0 - 0.37), (x1, y1 + 0.37)
+    else:
+        tail, head = (x0 + 0.71, y0), (x1 - 0.71, y1)
+    return FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=10, color="#555555", linewidth=1.1,
+                           shrinkA=0, shrinkB=0)  # fmt: skip
+
+
+def _bracket(ax: Axes) -> None:
+    """Right of all techniques, open to them: chapter 16 stands on every one."""
+    x, (low, high) = 9.36, (-0.35, 4.75)
+    ax.plot([x - 0.08, x, x, x - 0.08], [low, low, high, high], color="#555555", linewidth=1.1, label="_")

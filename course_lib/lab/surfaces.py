@@ -1,8 +1,8 @@
 """Losses of two weights, on which the way of an optimizer can be seen.
 
-``ravine`` (an ill-conditioned quadratic), ``saddle`` (flat in the middle, two minima) and ``rosenbrock`` (a bent valley;
-H. H. Rosenbrock, "An automatic method for finding the greatest or least value of a function", The Computer Journal 3
-(1960), 175-184). A surface is a function ``[..., 2] -> [...]``; ``descend`` runs an optimizer on it.
+``ravine`` (an ill-conditioned quadratic), ``saddle`` (flat in the middle, two minima) and ``rosenbrock`` (a bent
+valley; H. H. Rosenbrock, "An automatic method for finding the greatest or least value of a function", The Computer
+Journal 3 (1960), 175-184). A surface is a function ``[..., 2] -> [...]``; ``descend`` runs an optimizer on it.
 """
 
 import math
@@ -52,11 +52,11 @@ def descend(
     weights = torch.tensor([list(start)], dtype=torch.float64, requires_grad=True)
     optim = optimizer([weights])
 
-    def gradient() -> Tensor:
+    def gradient() -> float:
         optim.zero_grad()
         loss = surface(weights[0])
         loss.backward()
-        return loss.detach()
+        return loss.item()
 
     points = [weights.detach().clone()]
     for _ in range(steps):

@@ -185,7 +185,7 @@ def fit(
     """
     where = device()
     model, data = model.to(where, recipe.dtype), data.to(where)
-    network = torch.compile(model) if recipe.compile else model
+    network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
     optimizer = recipe.optimizer(model.named_parameters())
     steps = math.ceil(len(data.train) / recipe.batch_size)
     schedule = recipe.schedule(optimizer, recipe.epochs * steps) if recipe.schedule else None
@@ -223,7 +223,7 @@ def fit(
             ):
                 sizes.append(len(y))
                 rates.append(optimizer.param_groups[0]["lr"])
-                losses[step] = optimizer.step(partial(gradient, x, y))
+                losses[step] = optimizer.step(partial(gradient, x, y))  # type: ignore[arg-type]  # float, says torch
                 if schedule:
                     schedule.step()
                 if average:
@@ -345,4 +345,3 @@ def _describe(value: Any) -> str:
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return repr(value)
-

@@ -19,6 +19,7 @@ Shampoo               inverse roots of covariance on every side        Gupta, Ko
 SAM(optimizer)        the gradient from the worst point nearby         Foret et al. 2020, arXiv:2010.01412
 SAM(adaptive=True)    near in units of each weight                     Kwon et al. 2021, arXiv:2102.11600
 Lookahead(optimizer)  every k steps, go back part of the way           Zhang et al. 2019, arXiv:1907.08610
+Composite(a, b, …)    several optimizers, each on its own parameters   what Muon needs beside it
 ====================  ===============================================  ===============================================
 
 Each rule is one small function on tensors (``adam``, ``lion``, ``newton_schulz``, …), and the class of the same name

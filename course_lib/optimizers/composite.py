@@ -7,6 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from course_lib.optimizers._method import Closure
+from course_lib.optimizers.wrappers import SAM
 
 
 class Composite(Optimizer):
@@ -19,6 +20,10 @@ class Composite(Optimizer):
     def __init__(self, *parts: Optimizer) -> None:
         if not parts or not all(isinstance(part, Optimizer) for part in parts):
             raise ValueError(f"parts is {parts!r}; it must be one or more optimizers")
+        if any(isinstance(part, SAM) for part in parts):
+            raise ValueError(
+                "parts holds a SAM, which needs a gradient pass of its own; wrap it around: SAM(Composite(…))"
+            )
         seen: set[int] = set()
         for part in parts:
             own = {id(theta) for group in part.param_groups for theta in group["params"]}
@@ -29,7 +34,7 @@ class Composite(Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all parts, the very same dictionaries."""
         return [group for part in self.parts for group in part.param_groups]
 
@@ -41,7 +46,7 @@ class Composite(Optimizer):
         if not any(param_group is known for known in self.param_groups):
             raise ValueError("a Composite has the groups of its parts; add the group to one of the parts")
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step of each part; a ``closure`` is called once, by the first."""
         loss = self.parts[0].step(closure)
         for part in self.parts[1:]:

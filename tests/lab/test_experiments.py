@@ -124,7 +124,7 @@ def test_other_errors_are_not_swallowed():
 
 
 def test_table_sets_clear_differences_in_bold():
-    values = {"base": np.array([0.5, 0.6, 0.7]), "clear": np.array([0.7, 0.8, 0.901]), "unclear": np.array([0.9, 0.6, 0.4])}
+    values = {"base": np.array([0.5, 0.6, 0.7]), "clear": np.array([0.7, 0.8, 0.901]), "odd": np.array([0.9, 0.6, 0.4])}
     measured = Comparison("score", (0, 1, 2), values, {})
     html = measured.table().to_html()
     assert html.count("font-weight: bold") == 1

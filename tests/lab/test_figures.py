@@ -349,7 +349,8 @@ def test_describing_does_not_change_the_figure() -> None:
         ("a\n------\n1.00", "a\n--------\n1.001"),
         ("\x1b[31m1.0\x1b[0m", "1.0"),
         ("nan", "NaN"),
-        ("1.2e-05", "1.21e-05"),
+        ("1.2e-05", "1.3e-05"),
+        ("0.00", "-0.01"),
     ],
 )
 def test_texts_that_agree(stored: str, fresh: str) -> None:
@@ -363,6 +364,8 @@ def test_texts_that_agree(stored: str, fresh: str) -> None:
         ("loss 0.123", "lost 0.123"),
         ("conv2d", "conv3d"),
         ("epoch 5", "epoch 6"),
+        ("loss 0.5", "loss 0.6"),
+        ("lr 0.001", "lr 0.002"),
         ("torch 2.13.0", "torch 2.13.1"),
         ("0.5", "-0.5"),
         ("1, 2, 3", "1, 2"),
@@ -376,6 +379,13 @@ def test_texts_that_agree(stored: str, fresh: str) -> None:
 )
 def test_texts_that_differ(stored: str, fresh: str) -> None:
     assert len(text_differences(stored, fresh)) == 1
+
+
+def test_a_cells_own_tolerance_is_measured_by_the_line() -> None:
+    line, other = "Adam - SGD: -0.0012 [-0.0051, 0.0027]", "Adam - SGD: 0.0003 [-0.0040, 0.0041]"
+    assert len(text_differences(line, other)) == 3
+    assert text_differences(line, other, 0.5) == []
+    assert text_differences(line, other.replace("0.0041", "0.0141"), 0.5) != []
 
 
 def test_the_difference_of_a_text_says_where() -> None:
@@ -394,7 +404,8 @@ def test_measured_text_may_change_its_unit_but_not_its_words() -> None:
 def table(accuracy: str, name: str = "Adam") -> str:
     style = f"<style>#T_{abs(hash(accuracy))}_row0 {{color: red}}</style>"
     head = '<thead><tr><th>&nbsp;</th><th class="col_heading">accuracy</th></tr></thead>'
-    return f'{style}<table id="T_1"><caption>5 seeds</caption>{head}<tr><th>{name}</th><td>{accuracy}</td></tr></table>'
+    row = f"<tr>\n <th>{name}</th>\n <td>{accuracy}</td></tr>"
+    return f'{style}<table id="T_1"><caption>5 seeds</caption>{head}{row}</table>'
 
 
 def test_tables_are_compared_cell_by_cell() -> None:

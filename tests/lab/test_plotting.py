@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from scipy import stats
 
 from course_lib.lab import plotting
@@ -25,7 +26,7 @@ def test_curves_draw_mean_and_interval():
     corners = ax.collections[0].get_paths()[0].vertices
     for edge in (low, high):
         assert all(np.abs(corners[:, 1] - y).min() < 1e-12 for y in edge)
-    assert ax.get_ylabel() == "loss (mean of 5 seeds)"
+    assert ax.get_xlabel() == "epoch (means and 95% bands, 5 seeds)"
     assert [t.get_text() for t in ax.texts] == ["one"]
 
 
@@ -78,3 +79,47 @@ def test_landscape_and_path_keep_their_data():
     plotting.path(way, ax=ax, name="SGD")
     np.testing.assert_array_equal(ax.get_lines()[0].get_xydata(), way)
     assert ax.get_lines()[0].get_label() == "SGD"
+
+
+def test_the_chapter_map_draws_every_chapter_once():
+    ax = plotting.chapter_map(written=(0, 2)).axes[0]
+    named = [t.get_text() for t in ax.texts if t.get_text()[:1].isdigit()]
+    assert sorted(int(text.split()[0]) for text in named) == list(range(18))
+    boxes = [p for p in ax.patches if isinstance(p, FancyBboxPatch)]
+    assert [box.get_linestyle() for box in boxes].count("-") == 2
+    arrows = [p for p in ax.patches if isinstance(p, FancyArrowPatch)]
+    assert len(arrows) == len(plotting.NEEDS)
+    assert plotting.chapter_map(written=range(18))
+    with pytest.raises(ValueError, match=r"written=\[18\].*0 to 17"):
+        plotting.chapter_map(written=(3, 18))
+
+
+def test_chapters_build_on_earlier_ones_and_no_arrow_is_superfluous():
+    assert all(before < after for before, after in plotting.NEEDS)
+    assert {after for _, after in plotting.NEEDS} == set(range(1, 18)) - {16}, "16 stands on all of them, as drawn"
+
+    def reachable(start, arrows):
+        below = {after for before, after in arrows if before == start}
+        return below.union(*(reachable(chapter, arrows) for chapter in below))
+
+    for arrow in plotting.NEEDS:
+        others = [other for other in plotting.NEEDS if other != arrow]
+        assert arrow[1] not in reachable(arrow[0], others), f"{arrow} follows from the other arrows"
+
+
+def test_the_two_maps_agree_on_the_slots():
+    for name, (_, _, chapters) in plotting.SLOTS.items():
+        numbers = {int(n) for n in chapters.replace("11–14", "11, 12, 13, 14").split(", ")}
+        assert numbers == {number for number, (_, slot, _) in plotting.CHAPTERS.items() if slot == name}
+
+
+def test_a_chapter_counts_as_written_when_its_notebook_is_there(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    for name in ("03_schedules.ipynb", "draft.ipynb"):
+        (tmp_path / "notebooks" / name).touch()
+    monkeypatch.setattr("course_lib.lab.runtime.checkout", lambda: tmp_path)
+    boxes = [p for p in plotting.chapter_map().axes[0].patches if isinstance(p, FancyBboxPatch)]
+    assert [number for number, box in enumerate(boxes) if box.get_linestyle() == "-"] == [3]
+    monkeypatch.setattr("course_lib.lab.runtime.checkout", lambda: None)
+    boxes = [p for p in plotting.chapter_map().axes[0].patches if isinstance(p, FancyBboxPatch)]
+    assert all(box.get_linestyle() != "-" for box in boxes)

@@ -91,6 +91,17 @@ def test_a_write_that_fails_leaves_the_notebook_as_it_was(tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["02_x.ipynb"]
 
 
+def test_the_result_comes_in_one_step(tmp_path: Path) -> None:
+    """The old file is replaced, never written into: whoever has it open goes on reading the old one, whole."""
+    path = write(tmp_path / "02_x.ipynb", "1 + 1")
+    old = tmp_path / "old"
+    old.hardlink_to(path)
+    before = path.read_bytes()
+    run_notebook.run(path)
+    assert outputs(path) == ["2"]
+    assert old.read_bytes() == before
+
+
 def test_targets(tmp_path: Path) -> None:
     for name in ("00_start_here", "02_optimizers", "scratch"):
         (tmp_path / f"{name}.ipynb").touch()

@@ -29,7 +29,7 @@ def on_cpu(monkeypatch):
 
 
 def blobs(count: int = 203, seed: int = 0) -> Dataset:
-    """Three classes of 4x4 images, told apart by where they are bright; the count is prime so that batches are uneven."""
+    """Three classes of 4x4 images, told apart by where they are bright; no batch size divides the count."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count,), generator=generator)
     images = torch.randint(0, 120, (count, 1, 4, 4), generator=generator)
