@@ -16,7 +16,7 @@ from course_lib.lab.experiments import Comparison, Interval, compare, mean_inter
 from course_lib.lab.models import convnet, mlp, resnet, vit
 from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
 from course_lib.lab.timing import compare_speed, measure, peak_memory
-from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit
+from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh
 from course_lib.lab.widgets import choice, explorer, log_slider, slider
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "explorer",
     "figures",
     "fit",
+    "fresh",
     "load",
     "log_slider",
     "mean_interval",

@@ -133,10 +133,12 @@ class _Comparison:
             self.say(f"{name}: {now}, stored {was}")
 
     def data(self, name: str, stored: Description, fresh: Description) -> None:
-        old = {key: unpack(column) for key, column in stored["data"].items()}
-        new = {key: unpack(column) for key, column in fresh["data"].items()}
-        if not self.exactly(f"{name}: what it is made of", ", ".join(old), ", ".join(new)):
+        made_of, was_made_of = (", ".join(sorted(side["data"])) for side in (fresh, stored))
+        if not self.exactly(f"{name}: what it is made of", was_made_of, made_of):
             return
+        # In the fresh order, whose first column is the position: on disk the keys of JSON are in alphabetical order.
+        new = {key: unpack(column) for key, column in fresh["data"].items()}
+        old = {key: unpack(stored["data"][key]) for key in new}
         if stored["points"] != fresh["points"]:
             self.say(f"{name} has {fresh['points']} points, stored {stored['points']}")
             return

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from pandas.io.formats.style import Styler
 from scipy import stats
 from torch import nn
@@ -19,8 +18,8 @@ from tqdm.auto import tqdm
 
 from course_lib.lab import plotting
 from course_lib.lab.data import Dataset
-from course_lib.lab.runtime import interactive, seed_everything
-from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit
+from course_lib.lab.runtime import interactive
+from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
 
 Run = Callable[[int], "History | float"]
 """One run of an arm: ``seed -> History`` or the measured number itself."""
@@ -204,13 +203,7 @@ def _one_run(
         return (found[metric][-1], found) if isinstance(found, History) else (float(found), None)
     if model is None or data is None:
         raise ValueError("an arm that is a Recipe needs model= (a function that makes a fresh network) and data=")
-    seed_everything(seed)  # the same first weights in every arm, drawn in the type they are trained in
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(arm.dtype)
-    try:
-        network = model()
-    finally:
-        torch.set_default_dtype(usual)
+    network = fresh(model, arm, seed=seed)  # the same first weights in every arm
     history = fit(network, data, arm, seed=seed, progress=False)
     if metric.startswith("test_"):
         on_test = evaluate(network, data.test)

@@ -186,7 +186,7 @@ def landscape(
     levels: int = 12,
     title: str = "",
 ) -> Axes:
-    """Contours of ``surface`` (``[..., 2] -> [...]``), evenly spaced in the logarithm of the height above the lowest."""
+    """Contours of ``surface`` (``[..., 2] -> [...]``), even in the logarithm of the height above the lowest point."""
     ax = ax if ax is not None else plt.subplots(figsize=(4.6, 3.6))[1]
     x, y = np.meshgrid(np.linspace(*xlim, 120), np.linspace(*ylim, 120))
     height = surface(torch.from_numpy(np.stack([x, y], axis=-1))).numpy()

@@ -6,10 +6,12 @@ execution, versions of the interpreter, random widget ids, warnings and progress
 """
 
 import argparse
+import io
 import os
 import re
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from PIL import Image
 from tqdm import tqdm
 
 from course_lib.lab.runtime import checkout
@@ -164,7 +167,18 @@ def _tidy_cell(cell: NotebookNode) -> str:
     is_stderr = [output.output_type == "stream" and output.name == "stderr" for output in cell.outputs]
     dropped = "".join(o.text for o, drop in zip(cell.outputs, is_stderr, strict=True) if drop)
     cell.outputs = [o for o, drop in zip(cell.outputs, is_stderr, strict=True) if not drop]
+    for output in cell.outputs:
+        if png := output.get("data", {}).get("image/png"):
+            output.data["image/png"] = smaller_png(png)
     return dropped
+
+
+def smaller_png(encoded: str) -> str:
+    """A PNG (base64) with a palette of 256 colours: a figure looks the same and takes a third of the bytes."""
+    picture, stream = Image.open(io.BytesIO(b64decode(encoded))).convert("RGB"), io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)
+    smaller = b64encode(stream.getvalue()).decode()
+    return smaller if len(smaller) < len(encoded) else encoded
 
 
 def _tidy_notebook(notebook: NotebookNode) -> None:

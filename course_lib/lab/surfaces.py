@@ -53,15 +53,14 @@ def descend(
     optim = optimizer([weights])
 
     def gradient() -> float:
-        optim.zero_grad()
         loss = surface(weights[0])
-        loss.backward()
+        (weights.grad,) = torch.autograd.grad(loss, weights)
         return loss.item()
 
     points = [weights.detach().clone()]
     for _ in range(steps):
         optim.step(gradient)
-        if not bool(torch.isfinite(weights).all() and weights.abs().max() < 1e6):
+        if not weights.detach().abs().max().item() < 1e6:  # NaN is not below anything either
             break
         points.append(weights.detach().clone())
     return torch.cat(points)

@@ -92,6 +92,20 @@ class Recipe:
         return torch.float64 if self.precision == "float64" else torch.float32
 
 
+def fresh(model: Callable[[], nn.Module], recipe: Recipe, *, seed: int) -> nn.Module:
+    """A new network with the first weights of ``seed``, drawn in the type in which the recipe trains them.
+
+    Drawn in float32 they would differ in the last bit from processor to processor, whatever happens to them later.
+    """
+    seed_everything(seed)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(recipe.dtype)
+    try:
+        return model()
+    finally:
+        torch.set_default_dtype(usual)
+
+
 @dataclass
 class History:
     """What a run leaves behind: one row an epoch, and whether the recipe's ``stop`` ended it.
@@ -149,7 +163,7 @@ def evaluate(
     model.eval()
     some_weight = next(model.parameters())
     split = split.to(some_weight.device)
-    loss = torch.zeros((), device=split.device)
+    loss = torch.zeros((), device=split.device, dtype=some_weight.dtype)
     right = torch.zeros((), device=split.device)
     with torch.no_grad():
         for x, y in batches(split, batch_size, dtype=some_weight.dtype):
@@ -184,6 +198,8 @@ def fit(
     ValueError : the checkpoint belongs to another recipe, seed or model, or cannot be read.
     """
     where = device()
+    if recipe.precision == "float64" and where.type == "mps":
+        where = torch.device("cpu")  # Apple's GPUs have no float64
     model, data = model.to(where, recipe.dtype), data.to(where)
     network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
     optimizer = recipe.optimizer(model.named_parameters())

@@ -42,8 +42,8 @@ def one(draw: Callable[[plt.Axes], object]) -> Figure:
 
 
 def compare(a: Figure, b: Figure, tolerance: float | None = 0.01) -> list[str]:
-    # Through JSON, as it is stored.
-    stored = json.loads(json.dumps(describe_figure(a), allow_nan=False))
+    # Through JSON, as it is stored: nbformat writes the keys in alphabetical order.
+    stored = json.loads(json.dumps(describe_figure(a), allow_nan=False, sort_keys=True))
     return differences(stored, json.loads(json.dumps(describe_figure(b), allow_nan=False)), tolerance)
 
 

@@ -1,10 +1,15 @@
 """A notebook is executed in place or not at all, and two runs of the same code store the same file."""
 
+import io
+from base64 import b64decode, b64encode
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from nbformat import v4
+from PIL import Image
 
 from course_lib.lab import run_notebook
 
@@ -118,3 +123,20 @@ def test_targets(tmp_path: Path) -> None:
 def test_an_unknown_chapter_ends_with_the_list(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_notebook.main(["77"]) == 2
     assert "there is no notebook '77'" in capfd.readouterr().err
+
+
+def test_pictures_shrink_without_a_visible_change() -> None:
+    figure, ax = plt.subplots()
+    for k in range(7):
+        ax.plot(np.sin(np.arange(200) / (k + 3)), label=str(k))
+    ax.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    plt.close(figure)
+    stored = b64encode(stream.getvalue()).decode()
+    smaller = run_notebook.smaller_png(stored)
+    assert len(smaller) < 0.7 * len(stored)
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(b64decode(png))).convert("RGB"), float) for png in (stored, smaller)
+    )
+    assert np.abs(before - after).mean() < 1  # of 255
