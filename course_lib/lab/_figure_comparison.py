@@ -317,7 +317,10 @@ def differences(stored: Description, fresh: Description, tolerance: float | None
             for name in a["label"]:
                 axes.words(f"{name} label", a["label"][name], b["label"][name])
                 axes.exactly(f"{name} scale", a["scale"][name], b["scale"][name])
-                ticks = [", ".join(axis["ticks"][name].values()) for axis in (a, b)]
+                # By position: on disk "10" comes before "2".
+                ticks = [
+                    ", ".join(text for _, text in sorted(axis["ticks"][name].items(), key=_place)) for axis in (a, b)
+                ]
                 axes.words(f"{name} tick labels", *ticks)
         axes.legends()
         axes.series()
@@ -327,3 +330,7 @@ def differences(stored: Description, fresh: Description, tolerance: float | None
                 axes.places(f"{name} limits", name, unpack(a["limits"][name]), unpack(b["limits"][name]))
         found += axes.found
     return found
+
+
+def _place(tick: tuple[str, str]) -> float:
+    return float(tick[0])

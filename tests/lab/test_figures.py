@@ -60,6 +60,14 @@ def test_the_same_figure_agrees_with_itself() -> None:
     assert compare(curves(), curves()) == []
 
 
+def test_a_dozen_named_bars_agree_and_two_swapped_do_not() -> None:
+    names = [f"method {letter}" for letter in "abcdefghijklm"]
+    bars = one(lambda axes: axes.barh(names, range(13)))
+    assert compare(bars, bars) == []
+    names[3], names[11] = names[11], names[3]
+    assert "tick labels" in compare(bars, one(lambda axes: axes.barh(names, range(13))))[0]
+
+
 def test_a_changed_curve_is_reported_in_the_readers_terms() -> None:
     found = compare(curves(), curves(move(0, 7, 0.8)))
     assert found == ["axes 'test accuracy', line 'Adam': epoch 7 is 0.8, stored 0.8657, tolerance 0.0087"]
