@@ -187,10 +187,10 @@ def fit(
 ) -> History:
     """Train ``model`` in place by ``recipe`` and return the history of the run.
 
-    The same arguments give the same weights on the same machine. With ``checkpoint`` the state of the run is written
-    there after each epoch; a run that was killed goes on from it and ends as if nothing had happened (weights and
-    history are bit-identical but for the times). ``progress`` shows a bar; by default it is shown to a person and
-    hidden in tests.
+    The same arguments give the same weights on the same machine with the same number of threads. With ``checkpoint``
+    the state of the run is written there after each epoch; a run that was killed goes on from it and ends as if
+    nothing had happened (weights and history are bit-identical but for the times). ``progress`` shows a bar; by
+    default it is shown to a person and hidden in tests.
 
     Raises
     ------

@@ -266,6 +266,11 @@ KILLED = """
 """
 
 
+def same_threads() -> dict[str, str]:
+    """The environment of a child that adds numbers up in the same order as this process."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def cosine(optimizer, steps):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -282,7 +287,8 @@ TIMES = ["seconds", "examples_per_second"]
 def test_a_killed_run_goes_on_bit_identically(tmp_path, moment):
     path = tmp_path / "run.pt"
     script = textwrap.dedent(KILLED).format(root=str(ROOT))
-    killed = subprocess.run([sys.executable, "-c", script, moment, str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, moment, str(path)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=same_threads())
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed, whole = network(dropout=0.3), network(dropout=0.3)
     survived = torch.load(path, weights_only=True)["rows"]
@@ -302,7 +308,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     reference = network(dropout=0.3)
     fit(reference, blobs(), FULL, seed=5)
     for _ in range(2):
-        running = subprocess.Popen([sys.executable, "-c", script, "no moment", str(path)])
+        running = subprocess.Popen([sys.executable, "-c", script, "no moment", str(path)], env=same_threads())
         seen = set()
         while running.poll() is None and len(seen) < 2:  # kill it as soon as the file has appeared or changed
             if path.exists():
