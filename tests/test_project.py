@@ -374,3 +374,10 @@ def test_the_build_server_runs_make_test(tmp_path: Path, shared: bool) -> None:
     )
     expected = tmp_path / "shared" if shared else ""
     assert (done.returncode, done.stdout) == (0, f"make test in {checkout} shared={expected}\n"), done.stderr
+
+
+def test_a_missing_package_is_named_with_the_command_that_mends_it() -> None:
+    hide = "import sys; sys.modules['scipy'] = None; sys.modules['scipy.stats'] = None; import course_lib.lab"
+    found = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert re.search(r"scipy.* is not installed\. Run 'pip install -r requirements\.txt'", found.stderr)

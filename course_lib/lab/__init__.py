@@ -8,16 +8,23 @@ two weights).
 Imported in a notebook, it sets the look of all figures and makes each of them carry its data beside its picture.
 """
 
-from course_lib.lab import figures, plotting, surfaces
-from course_lib.lab.claims import Claims
-from course_lib.lab.data import batches, load, normalise, random_shift
-from course_lib.lab.exercises import check, progress
-from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
-from course_lib.lab.models import convnet, mlp, resnet, vit
-from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
-from course_lib.lab.timing import compare_speed, measure, peak_memory
-from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh
-from course_lib.lab.widgets import choice, explorer, log_slider, slider
+try:
+    from course_lib.lab import figures, plotting, surfaces
+    from course_lib.lab.claims import Claims
+    from course_lib.lab.data import batches, load, normalise, random_shift
+    from course_lib.lab.exercises import check, progress
+    from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
+    from course_lib.lab.models import convnet, mlp, resnet, vit
+    from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
+    from course_lib.lab.timing import compare_speed, measure, peak_memory
+    from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh
+    from course_lib.lab.widgets import choice, explorer, log_slider, slider
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed. Run 'pip install -r requirements.txt' in the folder of the course and the "
+        "environment of this kernel, then restart the kernel",
+        name=error.name,
+    ) from error
 
 __all__ = [
     "Claims",

@@ -18,13 +18,14 @@ the learner does not see, returns nothing when it is right and raises `Wrong` wh
 | `close` | the same comparison as a truth value, to recognise a usual mistake |
 | `expect_unchanged` | the answer left its inputs as they were |
 
-Progress is one small file, ``progress.json`` in the data folder. Validation runs (``COURSE_VALIDATING=1``) neither read
-nor write it.
+Progress is one small file a learner, ``progress-NAME.json`` in the data folder, so that a class may share that folder.
+Validation runs (``COURSE_VALIDATING=1``) neither read nor write it.
 """
 
 import copy
 import datetime
 import difflib
+import getpass
 import html
 import importlib
 import inspect
@@ -321,7 +322,12 @@ def _validating() -> bool:
 def _file() -> Path:
     from course_lib.lab.runtime import data_folder
 
-    return data_folder() / "progress.json"
+    try:
+        user = re.sub(r"[^\w.-]", "_", getpass.getuser())
+    except (OSError, KeyError):  # a container may run as a user without a name
+        user = "learner"
+    # A class may share one data folder: each learner has a file of their own.
+    return data_folder() / f"progress-{user}.json"
 
 
 def _lock(file: Path) -> filelock.BaseFileLock:
@@ -380,7 +386,7 @@ def _aside_names(file: Path) -> Iterator[Path]:
     number = 0
     while True:
         number += 1
-        yield file.with_name(f"progress.damaged-{number}.json")
+        yield file.with_name(f"{file.stem}.damaged-{number}.json")
 
 
 def _parse(content: bytes) -> dict[str, dict[str, Any]]:

@@ -209,17 +209,18 @@ def path(points: np.ndarray, *, ax: Axes, name: str, index: int = 0) -> None:
 
 # name -> centre (x, y), what it decides, its chapters
 SLOTS: dict[str, tuple[tuple[float, float], str, str]] = {
-    "data": ((1.2, 2.9), "what the network sees", "1"),
-    "batch": ((3.6, 2.9), "how many examples\nmake a gradient", "4"),
-    "model": ((6.0, 2.9), "network in,\nnetwork out", "8, 11–14"),
-    "objective": ((8.4, 2.9), "what is minimised", "5, 9"),
-    "optimizer": ((8.4, 1.1), "how a gradient\nbecomes a step", "2"),
-    "schedule": ((6.0, 1.1), "how large the step is,\nwhen", "3"),
-    "stopping": ((3.6, 1.1), "when it is over", "6"),
-    "execution": ((1.2, 1.1), "on what it runs", "7, 10, 15"),
+    "data": ((1.0, 2.9), "what the\nnetwork sees", "1"),
+    "batch": ((3.1, 2.9), "how many examples\nmake a gradient", "4"),
+    "model": ((5.2, 2.9), "the network\nitself", "8, 11–14"),
+    "objective": ((7.3, 2.9), "what is\nminimised", "5, 9"),
+    "optimizer": ((7.3, 1.4), "how a gradient\nbecomes a step", "2"),
+    "schedule": ((9.4, 1.4), "how large the\nstep is, when", "3"),
+    "stopping": ((1.0, 1.4), "when it is over", "6"),
+    "execution": ((5.2, 0.4), "on what it runs", "7, 10, 15"),
 }
 _FLOW = (("data", "batch"), ("batch", "model"), ("model", "objective"), ("objective", "optimizer"),
-         ("schedule", "optimizer"), ("optimizer", "model"), ("stopping", "batch"))  # fmt: skip
+         ("schedule", "optimizer"), ("optimizer", "stopping"), ("stopping", "data"))  # fmt: skip
+_SLOT_HALF = (0.86, 0.47)  # of a box's width and height
 
 
 def slot_map(*lit: str) -> Figure:
@@ -233,21 +234,20 @@ def slot_map(*lit: str) -> Figure:
         if name not in SLOTS:
             raise ValueError(f"lit={name!r}: the slots are {', '.join(SLOTS)}")
     fig, ax = plt.subplots(figsize=(8.6, 3.1))
-    for name, ((x, y), decides, chapters) in SLOTS.items():
-        on = name in lit
-        box = FancyBboxPatch((x - 1.0, y - 0.5), 2.0, 1.0, boxstyle="round,pad=0.02,rounding_size=0.12",
-                             facecolor=PALETTE[4] if on else "#f2f2f2", edgecolor=INK if on else FAINT,
-                             linewidth=2 if on else 1)  # fmt: skip
-        ax.add_patch(box)
-        ax.text(x, y + 0.3, name, ha="center", va="center", fontsize=11, weight="bold", color=INK)
-        ax.text(x, y - 0.05, decides, ha="center", va="center", fontsize=8, color=INK, linespacing=1.1)
+    for name, (centre, decides, chapters) in SLOTS.items():
         word = "chapters" if any(mark in chapters for mark in ",–") else "chapter"
-        ax.text(x, y - 0.38, f"{word} {chapters}", ha="center", va="center", fontsize=8, color="#555555")
+        draw = _bar_below_all if name == "execution" else _slot_box
+        draw(ax, centre, name, decides, f"{word} {chapters}", lit=name in lit)
     for start, end in _FLOW:
         ax.add_patch(_arrow(SLOTS[start][0], SLOTS[end][0]))
-    for x, y, words in ((6.78, 1.92, "new weights"), (8.52, 2.0, "gradient"), (3.72, 2.0, "another epoch?")):
-        ax.text(x, y, words, fontsize=8, color="#555555", ha="right" if x == 6.78 else "left", va="center")
-    ax.set(xlim=(0.05, 9.55), ylim=(0.5, 3.5), aspect="equal")
+    # The inner loop closes: what goes back from the optimizer turns up to the next batch, until the epoch is over
+    (x, top), (_, low) = SLOTS["batch"][0], SLOTS["optimizer"][0]
+    ax.add_patch(FancyArrowPatch((x, low), (x, top - _SLOT_HALF[1] - 0.06), **_ARROW))
+    for x, y, words, side in ((7.4, 2.14, "gradient", "left"), (3.2, 2.14, "next batch", "left"),
+                              (4.9, 1.52, "new weights", "center"), (2.5, 1.24, "after the epoch", "center"),
+                              (1.1, 2.14, "another epoch?", "left")):  # fmt: skip
+        ax.text(x, y, words, fontsize=8, color="#555555", ha=side, va="center")
+    ax.set(xlim=(0.05, 10.35), ylim=(0.08, 3.45))
     ax.set_axis_off()
     where = " and ".join(lit)
     what = f"this chapter changes the slot “{where}”" if lit else "one slot for each kind of technique"
@@ -255,14 +255,44 @@ def slot_map(*lit: str) -> Figure:
     return fig
 
 
+def _slot_box(ax: Axes, centre: tuple[float, float], name: str, decides: str, chapters: str, *, lit: bool) -> None:
+    (x, y), (half_width, half_height) = centre, _SLOT_HALF
+    _box(ax, centre, half_width, half_height, lit=lit)
+    ax.text(x, y + 0.3, name, ha="center", va="center", fontsize=11, weight="bold", color=INK)
+    ax.text(x, y - 0.03, decides, ha="center", va="center", fontsize=8, color=INK, linespacing=1.1)
+    ax.text(x, y - 0.36, chapters, ha="center", va="center", fontsize=8, color="#555555")
+
+
+def _bar_below_all(ax: Axes, centre: tuple[float, float], name: str, decides: str, chapters: str, *, lit: bool) -> None:
+    """The whole loop stands on this slot, so it has no arrow."""
+    x, y = centre
+    _box(ax, centre, 4.2 + _SLOT_HALF[0], 0.22, lit=lit)
+    ax.text(x - 0.9, y, name, ha="right", va="center", fontsize=11, weight="bold", color=INK)
+    ax.text(x - 0.75, y, decides, ha="left", va="center", fontsize=8, color=INK)
+    ax.text(x + 0.75, y, chapters, ha="left", va="center", fontsize=8, color="#555555")
+
+
+def _box(ax: Axes, centre: tuple[float, float], half_width: float, half_height: float, *, lit: bool) -> None:
+    (x, y) = centre
+    box = FancyBboxPatch((x - half_width, y - half_height), 2 * half_width, 2 * half_height,
+                         boxstyle="round,pad=0.02,rounding_size=0.12", facecolor=PALETTE[4] if lit else "#f2f2f2",
+                         edgecolor=INK if lit else FAINT, linewidth=2 if lit else 1)  # fmt: skip
+    ax.add_patch(box)
+
+
+_ARROW: dict[str, Any] = {
+    "arrowstyle": "-|>", "mutation_scale": 11, "color": "#555555", "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0,
+}  # fmt: skip
+
+
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> FancyArrowPatch:
     """An arrow from the edge of the box around ``start`` to the edge of the box around ``end``."""
     (x0, y0), (x1, y1) = start, end
-    half_width, half_height = 1.06, 0.56
+    half_width, half_height = _SLOT_HALF[0] + 0.06, _SLOT_HALF[1] + 0.06
     dx, dy = x1 - x0, y1 - y0
     reach = min(half_width / abs(dx) if dx else np.inf, half_height / abs(dy) if dy else np.inf)
     tail, head = (x0 + reach * dx, y0 + reach * dy), (x1 - reach * dx, y1 - reach * dy)
-    return FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=11, color="#555555", linewidth=1.3)
+    return FancyArrowPatch(tail, head, **_ARROW)
 
 
 # number -> short title, the slot it changes ("" where it is about the whole loop), where it stands (column, row)
@@ -279,12 +309,12 @@ CHAPTERS: dict[int, tuple[str, str, tuple[float, float]]] = {
     9: ("distillation", "objective", (3, 4)),
     10: ("model\npartitioning", "execution", (5, 3)),
     11: ("compression", "model", (4, 2)),
-    12: ("merging", "model", (3, 1)),
-    13: ("transfer\nlearning", "model", (3, 0)),
+    12: ("model\nmerging", "model", (3, 1)),
+    13: ("transfer", "model", (3, 0)),
     14: ("fusion", "model", (4, 1)),
     15: ("model\noptimization", "execution", (5, 2)),
-    16: ("all in one\nrecipe", "", (6, 3)),
-    17: ("trends\nand FAQ", "", (6, 2)),
+    16: ("capstone", "", (6, 3)),
+    17: ("trends, open\nquestions, FAQ", "", (6, 2)),
 }
 # (a, b): read a before b. What follows from two arrows is not drawn, nor that 16 and 17 stand on all of the others.
 NEEDS = ((0, 1), (0, 2), (1, 5), (2, 5), (2, 3), (3, 4), (3, 8), (3, 12), (3, 13), (5, 6), (5, 9), (4, 7), (7, 10),

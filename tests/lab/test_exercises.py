@@ -1,6 +1,7 @@
 """Exercises: what a learner is told, what is kept, and what several notebooks at once or a bad disk may not break."""
 
 import datetime
+import getpass
 import json
 import multiprocessing
 import os
@@ -64,7 +65,7 @@ def checks(monkeypatch, tmp_path):
 
 @pytest.fixture
 def file(tmp_path):
-    return tmp_path / "data" / "progress.json"
+    return tmp_path / "data" / f"progress-{getpass.getuser()}.json"
 
 
 def kept(file):
@@ -357,9 +358,9 @@ def test_what_check_says_does_not_depend_on_what_was_kept(file, monkeypatch):
 def test_a_damaged_file_is_set_aside(file, content, action):
     file.parent.mkdir()
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"progress\.json was damaged: set aside as progress\.damaged-1\.json"):
+    with pytest.warns(UserWarning, match=r"progress-.*\.json was damaged: set aside as progress-.*\.damaged-1\.json"):
         action()
-    assert (file.parent / "progress.damaged-1.json").read_bytes() == content
+    assert (file.parent / f"{file.stem}.damaged-1.json").read_bytes() == content
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check("03.1", lambda x: 2 * x)
@@ -372,8 +373,8 @@ def test_a_second_damaged_file_does_not_replace_the_first(file):
         file.write_bytes(content)
         with pytest.warns(UserWarning, match="damaged"):
             check("03.1", lambda x: 2 * x)
-    assert (file.parent / "progress.damaged-1.json").read_bytes() == b"first"
-    assert (file.parent / "progress.damaged-2.json").read_bytes() == b"second"
+    assert (file.parent / f"{file.stem}.damaged-1.json").read_bytes() == b"first"
+    assert (file.parent / f"{file.stem}.damaged-2.json").read_bytes() == b"second"
 
 
 def test_a_folder_that_cannot_be_written_still_gets_an_answer(tmp_path, monkeypatch):
@@ -457,7 +458,7 @@ def test_several_notebooks_at_once_lose_nothing(file):
     found = kept(file)
     assert found.pop("00.0")["attempts"] == count * rounds
     assert found == {f"01.{number}": {"attempts": rounds, "passed": None} for number in range(count)}
-    assert {path.name for path in file.parent.iterdir()} <= {"progress.json", "progress.json.lock"}
+    assert {path.name for path in file.parent.iterdir()} <= {file.name, f"{file.name}.lock"}
 
 
 @posix_only
@@ -482,3 +483,19 @@ def test_a_notebook_killed_while_it_writes_does_no_harm(file):
 
 def test_an_outcome_is_one_line_whatever_the_message():
     assert "\n" not in repr(Outcome("03.1", "Title", "not yet right", "two\nlines", "and\n\nmore"))
+
+
+def test_two_users_of_one_folder_have_a_file_each(monkeypatch, file):
+    for user in ("ada", "Grace Hopper"):
+        monkeypatch.setattr("getpass.getuser", lambda user=user: user)
+        check("03.1", lambda x: x + x)
+    assert {"progress-ada.json", "progress-Grace_Hopper.json"} <= {path.name for path in file.parent.iterdir()}
+
+
+def test_a_user_without_a_name_has_a_file_too(monkeypatch, file):
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    check("03.1", lambda x: x + x)
+    assert (file.parent / "progress-learner.json").exists()
