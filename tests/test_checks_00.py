@@ -1,5 +1,9 @@
 """Checks of chapter 0: right answers pass, each usual mistake gets its own words, stubs are not attempted."""
 
+import re
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pytest
 from scipy import stats
@@ -84,6 +88,23 @@ def test_right_answers_pass(exercise, answer):
     assert found.state == "passed", found
 
 
+def printed_solutions():
+    """The functions under "Solutions" of the notebook, by exercise; a learner without a kernel reads them folded."""
+    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb", as_version=4)
+    (folded,) = [cell.source for cell in notebook.cells if "<b>Solutions</b>" in cell.source]
+    (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
+    names = {"np": np, "stats": stats, "F": F}
+    exec(code, names)
+    order = ("accuracy", "interval", "paired_interval", "train_step")
+    return {f"00.{number}": names[name] for number, name in enumerate(order, start=1)}
+
+
+@pytest.mark.parametrize("exercise", ["00.1", "00.2", "00.3", "00.4"])
+def test_the_printed_solutions_pass(exercise):
+    found = check(exercise, printed_solutions()[exercise])
+    assert found.state == "passed", found
+
+
 def no_zeroing(model, optimizer, x, y):
     loss = F.cross_entropy(model(x), y)
     loss.backward()
@@ -158,7 +179,7 @@ def normal(values):
         ("00.2", lambda v: t_interval(v)[1] - v.mean(), "two numbers"),
         ("00.2", lambda v: (v.min(), v.max()), "lower end is not right"),
         ("00.3", lambda a, b: t_interval(b - a), "a minus b"),
-        ("00.3", welch, "strangers"),
+        ("00.3", welch, "unpaired"),
         ("00.3", lambda a, b: normal(a - b), "1.96"),
         ("00.3", lambda a, b: t_interval(a), "end is not right"),
         ("00.4", no_zeroing, "step before"),

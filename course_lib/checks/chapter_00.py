@@ -65,7 +65,7 @@ def exercise_3(answer: Any) -> None:
         found = _pair(call(answer, a, b, on=on), on)
         mistakes = [
             (_interval(b - a), "the sign is turned round: wanted is a minus b", "Which of the two is subtracted?"),
-            (_unpaired(a, b), "the two arms were treated as strangers: their spreads were added up",
+            (_unpaired(a, b), "this is the unpaired interval: the spreads of the two arms were added up",
              "Seed 3 of a belongs to seed 3 of b. What is the difference for each seed?"),
             *((rule(a - b), message, hint) for rule, message, hint in _INTERVAL_MISTAKES),
         ]  # fmt: skip

@@ -260,7 +260,7 @@ def _slot_box(ax: Axes, centre: tuple[float, float], name: str, decides: str, ch
     _box(ax, centre, half_width, half_height, lit=lit)
     ax.text(x, y + 0.3, name, ha="center", va="center", fontsize=11, weight="bold", color=INK)
     ax.text(x, y - 0.03, decides, ha="center", va="center", fontsize=8, color=INK, linespacing=1.1)
-    ax.text(x, y - 0.36, chapters, ha="center", va="center", fontsize=8, color="#555555")
+    ax.text(x, y - 0.36, chapters, ha="center", va="center", fontsize=8, color=INK if lit else "#555555")
 
 
 def _bar_below_all(ax: Axes, centre: tuple[float, float], name: str, decides: str, chapters: str, *, lit: bool) -> None:
@@ -269,11 +269,11 @@ def _bar_below_all(ax: Axes, centre: tuple[float, float], name: str, decides: st
     _box(ax, centre, 4.2 + _SLOT_HALF[0], 0.22, lit=lit)
     ax.text(x - 0.9, y, name, ha="right", va="center", fontsize=11, weight="bold", color=INK)
     ax.text(x - 0.75, y, decides, ha="left", va="center", fontsize=8, color=INK)
-    ax.text(x + 0.75, y, chapters, ha="left", va="center", fontsize=8, color="#555555")
+    ax.text(x + 0.75, y, chapters, ha="left", va="center", fontsize=8, color=INK if lit else "#555555")
 
 
 def _box(ax: Axes, centre: tuple[float, float], half_width: float, half_height: float, *, lit: bool) -> None:
-    (x, y) = centre
+    x, y = centre
     box = FancyBboxPatch((x - half_width, y - half_height), 2 * half_width, 2 * half_height,
                          boxstyle="round,pad=0.02,rounding_size=0.12", facecolor=PALETTE[4] if lit else "#f2f2f2",
                          edgecolor=INK if lit else FAINT, linewidth=2 if lit else 1)  # fmt: skip

@@ -68,6 +68,25 @@ def test_slot_map_lights_what_is_named():
         plotting.slot_map("optimiser")
 
 
+def test_the_loop_of_the_slot_map_closes():
+    after = dict(edge for edge in plotting._FLOW if edge[0] != "schedule")
+    visited, slot = [], "data"
+    while slot not in visited:
+        visited.append(slot)
+        slot = after[slot]
+    assert slot == "data"
+    assert set(plotting.SLOTS) - set(visited) == {"schedule", "execution"}
+    arrows = [p for p in plotting.slot_map().axes[0].patches if isinstance(p, FancyArrowPatch)]
+    assert len(arrows) == len(plotting._FLOW) + 1, "and one back to the next batch"
+
+
+@pytest.mark.parametrize("slot", plotting.SLOTS)
+def test_any_slot_can_be_lit(slot):
+    boxes = [p for p in plotting.slot_map(slot).axes[0].patches if isinstance(p, FancyBboxPatch)]
+    assert [box.get_linewidth() for box in boxes].count(2) == 1
+    assert len(boxes) == len(plotting.SLOTS)
+
+
 def test_every_technique_chapter_stands_on_the_map():
     named = ", ".join(chapters for _, _, chapters in plotting.SLOTS.values()).replace("11–14", "11, 12, 13, 14")
     assert sorted(int(n) for n in named.split(", ")) == list(range(1, 16))
