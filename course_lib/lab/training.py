@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -162,18 +163,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     some_weight = next(model.parameters())
-    split = split.to(some_weight.device)
-    loss = torch.zeros((), device=split.device, dtype=some_weight.dtype)
-    right = torch.zeros((), device=split.device)
+    losses, right = [], []
     with torch.no_grad():
-        for x, y in batches(split, batch_size, dtype=some_weight.dtype):
+        for x, y in batches(split.to(some_weight.device), batch_size, dtype=some_weight.dtype):
             logits = model(x)
-            right += (logits.argmax(1) == y).sum()
             # The usual objective needs no second forward pass.
-            value = F.cross_entropy(logits, y) if objective is cross_entropy else objective(model, x, y)
-            loss += value * len(y)
+            loss = F.cross_entropy(logits, y) if objective is cross_entropy else objective(model, x, y)
+            losses.append(loss * len(y))
+            right.append((logits.argmax(1) == y).sum())
     model.train(was_training)
-    return Evaluation(loss.item() / len(split), right.item() / len(split))
+    return Evaluation(torch.stack(losses).sum().item() / len(split), torch.stack(right).sum().item() / len(split))
 
 
 def fit(
@@ -211,18 +210,27 @@ def fit(
     if run:
         run.restore()
 
+    autocast = partial(torch.autocast, where.type, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext
+
+    def backward(x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
+        """Add ``share`` of the examples' gradient to ``.grad``; return that share of their loss."""
+        with autocast():
+            loss = recipe.objective(network, x, y)
+        loss = loss if share == 1.0 else loss * share
+        loss.backward()
+        return loss.detach()
+
     def gradient(x: Tensor, y: Tensor) -> Tensor:
         """Leave the batch's gradient in ``.grad``; return its loss. The optimizer calls it once (SAM: twice) a step."""
         optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=where, dtype=recipe.dtype)
-        for part_x, part_y in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
-            with torch.autocast(where.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                loss = recipe.objective(network, part_x, part_y) * (len(part_y) / len(y))
-            loss.backward()
-            total += loss.detach()
+        if recipe.accumulate == 1:
+            loss = backward(x, y)
+        else:
+            parts = zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True)
+            loss = torch.stack([backward(part_x, part_y, len(part_y) / len(y)) for part_x, part_y in parts]).sum()
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        return total
+        return loss
 
     show = interactive() if progress is None else progress
     with tqdm(total=recipe.epochs * steps, initial=len(history) * steps, disable=not show, leave=False) as bar:
@@ -232,21 +240,23 @@ def fit(
             seed_everything(seed * 1_000_003 + epoch)
             order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             model.train()
-            losses, sizes, rates = torch.zeros(steps, device=where, dtype=recipe.dtype), [], []
+            losses: list[Tensor] = []
+            sizes: list[int] = []
+            rates: list[float] = []
             started = time.perf_counter()
-            for step, (x, y) in enumerate(
-                batches(data.train, recipe.batch_size, generator=order, augment=recipe.augment, dtype=recipe.dtype)
+            for x, y in batches(
+                data.train, recipe.batch_size, generator=order, augment=recipe.augment, dtype=recipe.dtype
             ):
                 sizes.append(len(y))
                 rates.append(optimizer.param_groups[0]["lr"])
-                losses[step] = optimizer.step(partial(gradient, x, y))  # type: ignore[arg-type]  # float, says torch
+                losses.append(optimizer.step(partial(gradient, x, y)))  # type: ignore[arg-type]  # torch says float
                 if schedule:
                     schedule.step()
                 if average:
                     average.update(model)
                 bar.update()
             # The losses stay on the device until here: looking at each one would make a GPU wait at every step.
-            per_step = losses.tolist()
+            per_step = torch.stack(losses).tolist()
             seconds = time.perf_counter() - started
             for step, loss in enumerate(per_step):
                 if not math.isfinite(loss):

@@ -55,7 +55,7 @@ def main() -> int:
         speed = compare_speed(
             lambda: fit(ours, data, recipe, seed=0, progress=False),  # noqa: B023  called at once
             lambda: by_hand(theirs, data, EPOCHS),  # noqa: B023
-            rounds=31 if name == "mlp" else 11,
+            rounds=31 if name == "mlp" else 21,
         )
         ok = speed.ratio <= TARGET
         missed += not ok

@@ -51,6 +51,8 @@ class Split:
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on ``device``."""
+        if self.device == torch.device(device):
+            return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, indices: Tensor) -> Split:
