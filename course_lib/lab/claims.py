@@ -5,6 +5,8 @@
     claims.table()
 
 A claim that does not hold stops the notebook: an executed chapter states nothing that its own numbers do not bear out.
+The sentences are about the quick profile's data. In the full profile, where other data may say otherwise, a claim that
+does not hold is marked ✗, on its line and in the table, and the notebook goes on.
 """
 
 import ast
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+
+from course_lib.lab.runtime import quick
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs, "min": min, "max": max, "round": round, "all": all, "any": any, "len": len,
@@ -44,11 +48,17 @@ class _Undefined(ArithmeticError):
 
 @dataclass(frozen=True, repr=False)
 class Claim:
-    """One claim that held when it was made."""
+    """One claim as it was tested; ``holds`` can be False in the full profile only."""
 
     sentence: str
     condition: str
     figures: Mapping[str, Any]
+    holds: bool = True
+
+    @property
+    def mark(self) -> str:
+        """✓, or ✗ and what that means."""
+        return "✓" if self.holds else "✗ does not hold in this profile:"
 
     @property
     def measured(self) -> str:
@@ -56,11 +66,12 @@ class Claim:
         return _measured(self.figures, digits=3)
 
     def __repr__(self) -> str:
-        return f"✓ {self.sentence} ({self.measured}; {self.condition})"
+        return f"{self.mark} {self.sentence} ({self.measured}; {self.condition})"
 
     def _repr_html_(self) -> str:
         return (
-            f'<div><span style="color:#1a7f37;font-weight:bold">✓</span> {html.escape(self.sentence)} '
+            f'<div><span style="color:{"#1a7f37" if self.holds else "#a40e26"};font-weight:bold">{self.mark}</span> '
+            f"{html.escape(self.sentence)} "
             f'<span style="opacity:0.75">({html.escape(self.measured)}; '
             f"<code>{html.escape(self.condition)}</code>)</span></div>"
         )
@@ -82,7 +93,7 @@ class Claims:
         Raises
         ------
         ClaimFailed
-            The condition does not hold.
+            The condition does not hold (quick profile; in the full one the claim is marked instead).
         ValueError
             The condition cannot be read, names an unknown figure, or depends on none.
         """
@@ -91,24 +102,30 @@ class Claims:
         # A claim that held on an earlier run of its cell and fails now must not stay in the table.
         place = list(self._claims).index(sentence) if sentence in self._claims else len(self._claims)
         self._claims.pop(sentence, None)
-        if not _holds(tree, condition, figures):
+        holds = _holds(tree, condition, figures)
+        if not holds and quick():
             measured = _measured(figures, digits=6)
             raise ClaimFailed(f"does not hold: {sentence!r} asks for {condition}, measured {measured}")
-        made = Claim(sentence, condition, figures)
+        made = Claim(sentence, condition, figures, holds)
         kept = list(self._claims.items())
         self._claims = dict([*kept[:place], (sentence, made), *kept[place:]])
         return made
 
     def table(self) -> "ReadableTable":
         """All claims so far: columns claim, condition, measured."""
-        rows = [(claim.sentence, claim.condition, claim.measured) for claim in self._claims.values()]
+        rows = [
+            (claim.sentence if claim.holds else f"{claim.mark} {claim.sentence}", claim.condition, claim.measured)
+            for claim in self._claims.values()
+        ]
         return ReadableTable(rows, columns=["claim", "condition", "measured"])
 
     def __len__(self) -> int:
         return len(self._claims)
 
     def __repr__(self) -> str:
-        return f"{len(self)} claim{'' if len(self) == 1 else 's'}, all of which hold"
+        failed = sum(not claim.holds for claim in self._claims.values())
+        which = f"{failed} of which do not hold in this profile" if failed else "all of which hold"
+        return f"{len(self)} claim{'' if len(self) == 1 else 's'}, {which}"
 
 
 class ReadableTable(pd.DataFrame):

@@ -138,3 +138,16 @@ def test_the_table_shows_long_sentences_whole_and_escapes_html(claims):
     assert sentence in claims.table()._repr_html_()
     assert "a &lt; 2" in claims.table()._repr_html_()
     assert sentence.strip() in repr(claims.table())
+
+
+def test_in_the_full_profile_a_claim_that_fails_is_marked_and_the_notebook_goes_on(claims, monkeypatch):
+    monkeypatch.setenv("COURSE_PROFILE", "full")
+    held, failed = claims.claim("Holds", "a > 1", a=2.0), claims.claim("Fails", "a > 1", a=0.5)
+    assert (held.holds, failed.holds) == (True, False)
+    assert repr(failed) == "✗ does not hold in this profile: Fails (a = 0.5; a > 1)"
+    assert "✗" in failed._repr_html_()
+    assert list(claims.table()["claim"]) == ["Holds", "✗ does not hold in this profile: Fails"]
+    assert repr(claims) == "2 claims, 1 of which do not hold in this profile"
+    monkeypatch.setenv("COURSE_PROFILE", "quick")
+    with pytest.raises(AssertionError, match="does not hold: 'Fails'"):
+        claims.claim("Fails", "a > 1", a=0.5)
