@@ -238,7 +238,7 @@ def amsgrad(
     r"""Take Adam's step with the largest :math:`v` so far: :math:`\hat v \leftarrow \max(\hat v, v)` in its place.
 
     As in torch, the bias is corrected after the maximum; the paper corrects none.
-    Source: Reddi, Kale & Kumar 2018, arXiv:1904.09237, algorithm 2.
+    Source: Reddi, Kale & Kumar 2018, arXiv:1904.09237.
     """
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)

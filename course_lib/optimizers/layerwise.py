@@ -34,7 +34,7 @@ def lamb(theta: Tensor, r: Tensor, *, lr: float, weight_decay: float) -> None:
     .. math::
         u = r + \lambda\theta, \qquad \theta \leftarrow \theta - \eta\,\frac{\|\theta\|}{\|u\|}\,u
 
-    Source: You et al. 2019, arXiv:1904.00962, algorithm 2, with the identity as its :math:`\phi`.
+    Source: You et al. 2019, arXiv:1904.00962, with the identity as its :math:`\phi`.
     """
     u = l2_penalty(theta, r, weight_decay)
     theta.sub_(lr * trust_ratio(theta, u) * u)
@@ -234,7 +234,7 @@ class Shampoo(Method):
     max_precondition_dim
         Along a longer dimension only the diagonal of the covariance is kept.
 
-    Source: Gupta, Koren & Singer 2018, arXiv:1802.09568, algorithm 2.
+    Source: Gupta, Koren & Singer 2018, arXiv:1802.09568.
     """
 
     sees_whole_tensors = True

@@ -65,7 +65,7 @@ def sharpest_direction(thetas: list[Tensor], gradients: list[Tensor], rho: float
     r"""Return the step of length :math:`\rho` up the gradient: :math:`\hat\epsilon = \rho\,g/\|g\|`.
 
     The norm is that of all gradients together. To first order, no other point at that distance has a higher loss.
-    Source: Foret et al. 2020, arXiv:2010.01412, equation 2.
+    Source: Foret et al. 2020, arXiv:2010.01412.
     """
     scale = rho / get_total_norm(gradients).clamp(min=1e-12)  # a zero gradient leads nowhere
     return [g * scale.to(g) for g in gradients]
@@ -150,7 +150,7 @@ def lookahead(theta: Tensor, phi: Tensor, alpha: float) -> None:
 
     .. math:: \phi \leftarrow \phi + \alpha\,(\theta - \phi), \qquad \theta \leftarrow \phi
 
-    Source: Zhang et al. 2019, arXiv:1907.08610, algorithm 1.
+    Source: Zhang et al. 2019, arXiv:1907.08610.
     """
     theta.copy_(phi.lerp_(theta, alpha))
 
