@@ -1,5 +1,9 @@
 """Checks of chapter 2: right answers pass, each usual mistake gets its own hint, stubs are not attempted."""
 
+import re
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 
@@ -276,3 +280,17 @@ def test_any_other_answer_is_told_what_is_wrong(exercise, answer):
     found = check(exercise, answer)
     assert found.state == "not yet right"
     assert found.message
+
+
+@pytest.mark.parametrize(
+    ("exercise", "name"),
+    [("02.1", "momentum_step"), ("02.2", "adam_step"), ("02.3", "adamw_step"), ("02.4", "orthogonalise")],
+)
+def test_the_printed_solutions_pass(exercise, name):
+    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "02_optimizers.ipynb", as_version=4)
+    (folded,) = [cell.source for cell in notebook.cells if "<b>Solutions</b>" in cell.source]
+    (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
+    solutions = {}
+    exec(code, solutions)
+    found = check(exercise, solutions[name])
+    assert found.state == "passed", found

@@ -134,7 +134,10 @@ class Comparison:
         return plotting.intervals(self.values, ax=ax, xlabel=f"{self.metric.replace('_', ' ')}", **settings)
 
     def curves(self, column: str = "val_accuracy", ax: Any = None, **settings: Any) -> Any:
-        """The mean of a history's column over epochs for each arm, with a 95% band; returns the axes."""
+        """The mean of a history's column over epochs for each arm, with a 95% band; returns the axes.
+
+        An arm of which a run diverged has no mean and is left out; the table names it.
+        """
         lines = {
             arm: np.array([history[column] for history in histories])
             for arm, histories in self.histories.items()
