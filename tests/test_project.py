@@ -160,7 +160,7 @@ def test_what_course_lib_imports_is_declared() -> None:
     assert block is not None
     declared = {canonical(name) for name in re.findall(r'"([A-Za-z0-9._-]+?)>=', block[1])}
     distributions = metadata.packages_distributions()
-    only_under_pytest = {"pytest", "nbval", "xdist"}
+    only_under_pytest = {"pytest", "nbval", "xdist", "psutil"}
     tops = {name.split(".")[0] for path in modules() for _, name in imports(path)}
     third_party = tops - set(sys.stdlib_module_names) - {"course_lib"} - only_under_pytest
     missing = [top for top in third_party if not {canonical(d) for d in distributions.get(top, [top])} & declared]

@@ -9,7 +9,8 @@ nbval runs each notebook and, by itself, ignores pictures and compares text char
   times or memory, which only have to be finite.
 
 It also sees to how notebooks run: in this environment's kernel, never touching a learner's progress, in the quick
-profile, with the cores shared out among the workers, the slowest first, and from any working directory.
+profile, with the cores shared out among the workers, the slowest first, and from any working directory. And it looks
+at what is left when a notebook's kernel has ended: a process or a temporary file is an error.
 """
 
 import base64
@@ -30,6 +31,7 @@ from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 from PIL import Image, UnidentifiedImageError
 
 from course_lib.lab._agreement import TOLERANCE, html_differences, html_pictures, shorten, text_differences
+from course_lib.lab._leftovers import Traces
 from course_lib.lab.figures import FIGURE_MIME, differences
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -174,6 +176,10 @@ def output_differences(
     return found
 
 
+class LeftBehind(AssertionError):
+    """A notebook's processes or temporary files are still there after its kernel has ended."""
+
+
 # ---- nbval's collector and item --------------------------------------------------------------------------------------
 
 
@@ -221,12 +227,24 @@ class CourseNotebook(IPyNbFile):
             )
 
     def setup(self) -> None:
-        with _environment(kernel_environment(os.environ)):
+        self.traces = Traces()
+        with _environment(kernel_environment(os.environ) | dict(self.traces.environment)):
             super().setup()
         # nbval runs cells without history. IPython then does not see the semicolon at a cell's end, and shows a value
         # that is not shown in Jupyter.
         execute = self.kernel.kc.execute
         self.kernel.kc.execute = lambda code, **options: execute(code, **(options | {"store_history": True}))
+
+    def teardown(self) -> None:
+        # nbval would kill the kernel, which then could not clear up; a reader's Jupyter asks it to end.
+        if self.kernel is not None and self.kernel.is_alive():
+            self.kernel.km.shutdown_wait_time = 60.0  # it would be killed after 5 seconds: too few on a busy machine
+            self.kernel.km.shutdown_kernel()
+        super().teardown()
+        left = self.traces.left()
+        self.traces.clear()
+        if left:
+            raise LeftBehind(f"{self.path.name} leaves behind {'; '.join(left[:MESSAGES])}")
 
 
 def kernel_environment(environ: Mapping[str, str]) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+from course_lib.lab._leftovers import Traces
 from course_lib.lab.figures import FIGURE_MIME, describe_figure
 from course_lib.lab.nbval_plugin import (
     WIDGET_MIME,
@@ -329,3 +331,21 @@ def test_every_spoiled_cell_fails_and_no_other(good: tuple[Path, NotebookNode], 
     assert "spoiled.ipynb, cell [5] that begins with: fig, ax = plt.subplots()" in output
     for _, _, message in SPOILED:
         assert message in output, message
+
+
+LEAVES = """
+import subprocess, sys, tempfile
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+tempfile.mkstemp(prefix="weights-");
+"""
+
+
+def test_a_process_and_a_file_that_a_notebook_leaves_behind_are_errors(
+    pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("course_lib.lab.nbval_plugin.Traces.left", partialmethod(Traces.left, patience=0.5))
+    cell = nbformat.v4.new_code_cell(LEAVES.strip(), execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "untidy.ipynb")
+    result = validate(pytester, tmp_path / "untidy.ipynb")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.re_match_lines([r".*untidy.ipynb leaves behind the process \d+ .*; the temporary file weights-"])
