@@ -33,6 +33,13 @@ def gather(offset: int = 0) -> tuple[int, int, list[float]]:
         return world.rank, world.size, x.tolist()
 
 
+def gather_in_two_groups(pause: float = 0.2) -> list[list[float]]:
+    """One group after another, which the ranks do not enter and leave at the same time."""
+    first = gather()
+    time.sleep(pause * first[0])
+    return [first[2], gather(1)[2]]
+
+
 def environment(*names: str) -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in names} | {"threads": str(torch.get_num_threads())}
 

@@ -60,6 +60,13 @@ def nothing_left(_helpers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert functions.shared_memory() <= shared_before
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A temporary folder for a program that is killed; pytest's own has too long a path for a socket in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def held() -> dict[str, Any]:
     return {
         "processes": functions.descendants(),
@@ -95,6 +102,12 @@ def test_results_come_by_rank(world_size: int) -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_a_partial_function_can_be_launched() -> None:
     assert launch(functools.partial(functions.echo, 1), 2, "x", timeout=30) == [(1, "x")] * 2
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_process_may_join_one_group_after_another() -> None:
+    first, second = [2.0, 1.0, 11.0], [4.0, 3.0, 13.0]
+    assert launch(functions.gather_in_two_groups, 2, timeout=40) == [[first, second]] * 2
 
 
 def test_torchrun_gives_the_same(tmp_path: Path) -> None:
@@ -218,11 +231,46 @@ def assert_gone(folder: Path, world_size: int) -> None:
         assert not set(noted) & set(functions.processes())
 
 
-def wait_for_ranks(folder: Path, world_size: int, patience: float = 60.0) -> None:
+def wait_for_ranks(
+    folder: Path, world_size: int, parent: subprocess.Popen[str] | None = None, patience: float = 60.0
+) -> None:
     limit = time.monotonic() + patience
     while len(list(folder.glob("*.pid"))) < world_size:
+        assert parent is None or parent.poll() is None, parent and parent.communicate()[1]
         assert time.monotonic() < limit, "the ranks did not start"
         time.sleep(0.05)
+
+
+LONG = "a_folder_with_a_name_of_forty_characters/" * 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"), [("short", ""), (LONG, "too long a path for a socket: each process starts")]
+)
+def test_a_long_path_to_the_temporary_folder_is_no_hindrance(
+    folder: str, words: str, tmp_path: Path, short_folder: Path
+) -> None:
+    """A socket's path has room for about a hundred characters."""
+    (tmp_path / "script.py").write_text(
+        "from course_lib.parallel import launch\nfrom tests import parallel_functions_p1 as functions\n"
+        "if __name__ == '__main__':\n    print(launch(functions.echo, 1, 'heard', timeout=100))\n"
+    )
+    temporary = short_folder / folder
+    temporary.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "[('heard',)]\n"
+    assert words in done.stderr
+    assert bool(words) == bool(done.stderr)
+    assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []  # torch's cache
+
+
+def test_a_program_from_standard_input_is_refused() -> None:
+    program = "from course_lib.parallel import launch\nimport os\nlaunch(os.getpid, 1)"
+    done = subprocess.run([sys.executable, "-"], input=program, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "ValueError: fn=getpid was launched by a program read from standard input" in done.stderr
+    assert "save the program as a .py file" in done.stderr
 
 
 SCRIPT = """
@@ -244,12 +292,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
-def test_the_ranks_end_when_their_parent_is_interrupted_or_killed(tmp_path: Path) -> None:
+def test_the_ranks_end_when_their_parent_is_interrupted_or_killed(tmp_path: Path, short_folder: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     folders = [tmp_path / "interrupted", tmp_path / "killed"]
-    for folder in (*folders, tmp_path / "temporary"):
+    for folder in folders:
         folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(short_folder)}
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), *map(str, folders)],
         env=environment,
@@ -259,12 +307,12 @@ def test_the_ranks_end_when_their_parent_is_interrupted_or_killed(tmp_path: Path
         start_new_session=True,
     )
     try:
-        wait_for_ranks(folders[0], 2)
-        temporary = list((tmp_path / "temporary").rglob("*"))
+        wait_for_ranks(folders[0], 2, parent)
+        temporary = list(short_folder.rglob("*"))
         os.killpg(parent.pid, signal.SIGINT)  # as a terminal does it: all processes of the group at once
-        wait_for_ranks(folders[1], 2)
+        wait_for_ranks(folders[1], 2, parent)
         assert_gone(folders[0], 2)
-        assert list((tmp_path / "temporary").rglob("*")) == temporary
+        assert list(short_folder.rglob("*")) == temporary
         parent.kill()
         assert parent.communicate(timeout=30) == ("interrupted, and well\n", "")
         assert_gone(folders[1], 2)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import io
+import itertools
 import multiprocessing
 import numbers
 import os
@@ -26,9 +27,11 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,10 +86,12 @@ def process_group(backend: str | None = None, timeout: float = 300.0) -> Iterato
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    where: dict[str, Any] = {"init_method": "env://"}
-    if "RANK" not in os.environ:
-        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
+    patience = timedelta(seconds=timeout)
+    if "RANK" in os.environ:
+        where, rank, size = _own_meeting_point(patience)
+    else:
+        where, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=patience, store=where, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     except BaseException as error:
@@ -100,6 +105,23 @@ def process_group(backend: str | None = None, timeout: float = 300.0) -> Iterato
 
 
 _LOCAL_DEFAULTS = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+_groups = itertools.count()  # of this process, so far
+
+
+def _own_meeting_point(patience: timedelta) -> tuple[Any, int, int]:
+    """Return the store at which the processes meet, with a place in it for this group alone, the rank and the size.
+
+    A second group in one process would else read what the first has left there, and wait for answers to it.
+    """
+    store, rank, size = _common_store(patience)
+    return dist.PrefixStore(f"group {next(_groups)}", store), rank, size  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _common_store(patience: timedelta) -> tuple[Any, int, int]:
+    return next(iter(dist.rendezvous("env://", timeout=patience)))
 
 
 def _a_gpu_each(local_size: int) -> bool:
@@ -194,7 +216,14 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     first = context.Process(target=os.getpid)
-    first.start()
+    try:
+        first.start()
+    except OSError as error:
+        if "too long" not in str(error):
+            raise
+        where = tempfile.gettempdir()
+        warnings.warn(f"TMPDIR={where} is too long a path for a socket: each process starts anew, slowly", stacklevel=3)
+        return multiprocessing.get_context("spawn")
     first.join()
     return context
 
@@ -466,6 +495,11 @@ def _check_arguments(fn: Callable[..., Any], world_size: int, timeout: float, th
             f"fn must be a function at the top level of a module, since each process imports it by name; got {name}"
         )
     main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) == "<stdin>":
+        raise ValueError(
+            f"fn={name} was launched by a program read from standard input, which a new process cannot read again: "
+            "save the program as a .py file"
+        )
     if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
         raise ValueError(
             f"fn={name} was defined in a notebook or an interactive session, where a new process cannot import it: "
