@@ -44,6 +44,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.reductions import reduce_storage
 from torch.storage import UntypedStorage
 
@@ -121,7 +122,7 @@ def _own_meeting_point(patience: timedelta) -> tuple[Any, int, int]:
 
 @functools.cache
 def _common_store(patience: timedelta) -> tuple[Any, int, int]:
-    return next(iter(dist.rendezvous("env://", timeout=patience)))
+    return next(iter(rendezvous("env://", timeout=patience)))
 
 
 def _a_gpu_each(local_size: int) -> bool:
