@@ -110,6 +110,22 @@ def test_a_process_may_join_one_group_after_another() -> None:
     assert launch(functions.gather_in_two_groups, 2, timeout=40) == [[first, second]] * 2
 
 
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+def test_nothing_keeps_a_group_that_was_left() -> None:
+    """Its threads, alive when Python ends, abort the process now and then: an exit code of -6 after all went well."""
+    program = """
+import os, torch
+from course_lib.parallel import process_group
+names = lambda: [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+with process_group(backend="gloo"):
+    torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    print(sum("gloo" in name for name in names()) > 0)
+print(sum("gloo" in name for name in names()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "True\n0\n"
+
+
 def test_torchrun_gives_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.parallel_functions_p1", str(tmp_path)]

@@ -43,6 +43,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of the moment as a default. First imported inside a group (torch.optim does it), they
+# would keep that group, and threads that still run when Python ends can abort the process.
+import torch.distributed.nn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.reductions import reduce_storage
@@ -88,11 +92,7 @@ def process_group(backend: str | None = None, timeout: float = 300.0) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(device)
     patience = timedelta(seconds=timeout)
-    if "RANK" in os.environ:
-        where, rank, size = _own_meeting_point(patience)
-    else:
-        where, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
-    dist.init_process_group(backend, timeout=patience, store=where, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=patience, **_own_meeting_point(patience))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     except BaseException as error:
@@ -111,18 +111,16 @@ _LOCAL_DEFAULTS = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 _groups = itertools.count()  # of this process, so far
 
 
-def _own_meeting_point(patience: timedelta) -> tuple[Any, int, int]:
-    """Return the store at which the processes meet, with a place in it for this group alone, the rank and the size.
+def _own_meeting_point(patience: timedelta) -> dict[str, Any]:
+    """Return the store at which the processes meet, with a place in it for this group alone; the rank and the size.
 
     A second group in one process would else read what the first has left there, and wait for answers to it.
     """
-    store, rank, size = _common_store(patience)
-    return dist.PrefixStore(f"group {next(_groups)}", store), rank, size  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _common_store(patience: timedelta) -> tuple[Any, int, int]:
-    return next(iter(rendezvous("env://", timeout=patience)))
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+    own = dist.PrefixStore(f"group {next(_groups)}", store)  # type: ignore[attr-defined]
+    return {"store": own, "rank": rank, "world_size": size}
 
 
 def _a_gpu_each(local_size: int) -> bool:
