@@ -406,12 +406,17 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
-def test_launch_works_in_a_notebook_and_can_be_interrupted(tmp_path: Path) -> None:
+def test_launch_works_in_a_notebook_and_can_be_interrupted(
+    tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(short_folder))
     cells = [nbformat.v4.new_code_cell(source.replace("FOLDER", repr(str(tmp_path)))) for source in NOTEBOOK]
     notebook = nbformat.v4.new_notebook(cells=cells)
     client = nbclient.NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
+
+    client.create_kernel_manager().shutdown_wait_time = 30.0
 
     def interrupt() -> None:
         """Do what Jupyter's stop button does: signal the whole group of the kernel."""
@@ -430,6 +435,7 @@ def test_launch_works_in_a_notebook_and_can_be_interrupted(tmp_path: Path) -> No
     assert "put it in a .py file beside the notebook" in outputs[1]
     assert outputs[2] == "interrupted set() True\n"
     assert_gone(tmp_path, 2)
+    assert list(short_folder.glob("pymp-*")) == []  # the kernel ended of itself, its helpers too
 
 
 def test_a_function_of_an_interactive_session_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,7 @@ def _context() -> Any:
 
     Never by "fork": a copy of a process that has threads or CUDA in use may hang. The helper has neither.
     """
+    _end_helpers_with_the_kernel()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -225,6 +226,24 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     first.join()
     return context
+
+
+def _end_helpers_with_the_kernel() -> None:
+    """In a notebook: when the kernel is told to end, end the helpers of multiprocessing first.
+
+    They ignore the signal by which a kernel ends its children. It would repeat it for half a minute, or be killed
+    meanwhile, and then their temporary folder would stay.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        shell.observe(_end_helpers, "exit_now")
+
+
+def _end_helpers(_: Any = None) -> None:
+    for name in ("forkserver", "resource_tracker"):
+        helper: Any = getattr(sys.modules.get(f"multiprocessing.{name}"), f"_{name}", None)
+        with suppress(AttributeError, OSError):  # there is no public way to end them
+            helper._stop()
 
 
 @contextmanager
