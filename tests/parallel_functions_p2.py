@@ -82,7 +82,7 @@ class Odd(nn.Module):
         self.only_rank_1 = normal(2, 3)
         self.unused = normal(7)
         self.frozen = normal(2).requires_grad_(False)
-        self.register_buffer("count", torch.tensor(seed))
+        self.register_buffer("count", torch.tensor(2**60 + 1 + seed))  # no float64 is so exact
 
     def gradients(self, rank: int, step: int = 0) -> dict[str, Tensor]:
         """What this rank's gradient will be."""
@@ -130,7 +130,7 @@ def try_averaging() -> dict[str, Any]:
         broadcast_model(model)
         reference = Odd(seed=0)
         found["broadcast"] = max(
-            float((a.double() - b.double()).abs().max())
+            float((a - b).abs().max())
             for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True)
         )
 

@@ -268,6 +268,9 @@ def tree_traffic(elements: int, element_size: int, world_size: int, rank: int) -
 # --- What it costs, measured ------------------------------------------------------------------------------------------
 
 
+WARM_UP = 10  # rounds: the first messages between two processes take several times as long
+
+
 def all_reduce_demo(elements: int = 8) -> dict[str, Any]:
     """Add up ``10**rank`` over all ranks by the ring; to be run by ``launch``. Returns what this rank had and moved."""
     with process_group() as world:
@@ -282,7 +285,8 @@ def measure_collectives(sizes: Sequence[int], repeats: int = 5) -> list[dict[str
     """Time the all-reduces on tensors of these sizes in bytes; to be run by ``launch``.
 
     Returns one row for each size and algorithm (``"ring"``, ``"tree"``, ``"torch"``): the seconds until the last rank
-    is done (the median of ``repeats`` after one for warming up), and for ours the bytes and messages this rank sent.
+    is done (the median of ``repeats``, in turns and after some for warming up), and for ours the bytes and messages
+    that this rank sent.
     """
     if not sizes or min(sizes) < 4:
         raise ValueError(f"sizes must be numbers of bytes, 4 (one float32) or more each, got {sizes!r}")
@@ -293,12 +297,12 @@ def measure_collectives(sizes: Sequence[int], repeats: int = 5) -> list[dict[str
     with process_group() as world:
         for size in sizes:
             tensor = torch.zeros(size // 4, device=world.device)
-            for name, all_reduce in algorithms.items():
+            rounds = [[_seconds(f, tensor) for f in algorithms.values()] for _ in range(WARM_UP + repeats)][WARM_UP:]
+            for (name, all_reduce), times in zip(algorithms.items(), zip(*rounds, strict=True), strict=True):
                 with traffic() as count:
                     all_reduce(tensor)
                 counted = {"bytes_sent": count.bytes_sent, "messages_sent": count.messages_sent}
-                seconds = statistics.median(_seconds(all_reduce, tensor) for _ in range(repeats))
-                row = {"bytes": size, "algorithm": name, "world_size": world.size, "seconds": seconds}
+                row = {"bytes": size, "algorithm": name, "world_size": world.size, "seconds": statistics.median(times)}
                 rows.append(row | (counted if name != "torch" else dict.fromkeys(counted)))
     return rows
 
