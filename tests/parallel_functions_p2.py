@@ -200,13 +200,18 @@ def backward_twice() -> str:
 
 
 def launched_during_backward() -> list[int]:
-    """How many buckets have left when each of three layers, last to first, gets its gradient."""
+    """How many buckets have left when each of three layers, last to first, gets its gradient: plainly, under no_sync,
+    and after it."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     average = BucketedAverage(model, bucket_bytes=8 * 9 * 4)  # a layer's weight and bias
     seen: list[int] = []
     for layer in model:
         assert isinstance(layer, nn.Linear)
         layer.weight.register_post_accumulate_grad_hook(lambda _: seen.append(average.launched))
+    model(torch.ones(2, 8)).sum().backward()
+    average.wait()
+    with average.no_sync():
+        model(torch.ones(2, 8)).sum().backward()
     model(torch.ones(2, 8)).sum().backward()
     average.wait()
     return [len(average.buckets), *seen]
@@ -247,6 +252,7 @@ NORM_CASES: tuple[tuple[tuple[int, ...], dict[str, Any], torch.dtype, float], ..
     ((5, 6, 3), {}, torch.float64, 0.0),
     ((7, 3, 4, 5), {}, torch.float32, 1000.0),
     ((7, 3, 4, 5), {}, torch.bfloat16, 0.0),
+    ((7, 3, 4, 5), {}, torch.bfloat16, 100.0),  # a sum in bfloat16 would be off by more than a standard deviation
 )
 
 
@@ -254,6 +260,14 @@ def try_batch_norm() -> list[dict[str, float]]:
     """Normalise shares by our class and whole batches by torch's; return the differences for each case."""
     with process_group() as world:
         return [norm_differences(world, *case) for case in NORM_CASES]
+
+
+def norm_of_one_value() -> dict[str, Tensor]:
+    """Train a batch norm on a batch of one example in all: there is no variance, and nothing to divide it by."""
+    with process_group() as world:
+        norm = synchronize_batchnorm(nn.BatchNorm1d(3))
+        output = norm(torch.full((1 if world.rank == 0 else 0, 3), 2.0))
+        return {"output": output.detach(), **dict(norm.named_buffers())}
 
 
 def norm_differences(
@@ -297,7 +311,9 @@ def norm_differences(
         whole.zero_grad()
     if whole.track_running_stats:
         x = torch.randn(shape, generator=generator).to(dtype)
-        found["evaluation"] = float((ours.eval()(x).double() - whole.eval()(x.double())).detach().abs().max())
+        expected = whole.eval()(x.double()).detach()
+        apart = (ours.eval()(x).detach().double() - expected).abs().max()
+        found["evaluation"] = float(apart / expected.abs().max())
     return found
 
 
