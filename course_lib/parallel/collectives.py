@@ -281,7 +281,7 @@ def all_reduce_demo(elements: int = 8) -> dict[str, Any]:
         return {"rank": world.rank, "before": before, "after": tensor.tolist(), **asdict(count)}
 
 
-def measure_collectives(sizes: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
+def measure_collectives(sizes: Sequence[int], repeats: int = 15) -> list[dict[str, Any]]:
     """Time the all-reduces on tensors of these sizes in bytes; to be run by ``launch``.
 
     Returns one row for each size and algorithm (``"ring"``, ``"tree"``, ``"torch"``): the seconds until the last rank
