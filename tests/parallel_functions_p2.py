@@ -434,6 +434,9 @@ def add_later() -> float:
         run_optimizer(some, optimizer, range(3), schedule=False)
         optimizer.add_param_group({"params": [(str(4 + i), p) for i, p in enumerate(some[4:])], "lr": 0.02})
         results.append(run_optimizer(some, optimizer, range(3, 6)))
+        if isinstance(optimizer, ShardedOptimizer):
+            loads = [sum(p.numel() for p in some if optimizer.owner[p] == r) for r in range(optimizer.world_size)]
+            assert max(loads) - min(loads) <= max(p.numel() for p in some), loads
     return gap(*results)
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from course_lib.lab.data import load
 from course_lib.lab.models import mlp
 from course_lib.parallel import batch_norm, data_parallel, data_parallel_runs, resuming
 from course_lib.parallel.data_parallel import MIB, local_loss, make_buckets, shard
 from course_lib.parallel.data_parallel_runs import Run, relative_difference, train_alone, train_data_parallel
 from course_lib.parallel.launching import launch
-from course_lib.parallel.resuming import read_lives, run_under_torchrun, save_atomically, train_resumably
+from course_lib.parallel.resuming import batch_of_step, read_lives, run_under_torchrun, save_atomically, train_resumably
 from course_lib.parallel.sharding import local_bytes, measure_sharding, memory_per_rank, partition
 from tests import parallel_functions_p2 as ranks
 
@@ -379,6 +380,18 @@ def test_a_run_in_parts_is_the_whole_run(tmp_path: Path) -> None:
     (tmp_path / "parts.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match="parts.pt' cannot be read as a checkpoint"):
         train_resumably(tmp_path / "parts.pt", steps=8)
+
+
+def test_each_step_has_a_batch_of_its_own() -> None:
+    split = load("digits").train
+    (x, y), again, later, other = (
+        batch_of_step(split, 61, seed, step) for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5))
+    )
+    assert x.shape == (61, *split.images.shape[1:])
+    assert torch.equal(x, again[0])
+    assert torch.equal(y, again[1])
+    assert not torch.equal(x, later[0])
+    assert not torch.equal(x, other[0])
 
 
 def test_a_kill_while_saving_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
