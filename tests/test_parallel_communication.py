@@ -434,7 +434,9 @@ def test_hogwild_processes_write_to_one_memory_and_leave_nothing(digits: Dataset
     asynchronous.hogwild(model, digits, workers=2, epochs=2, batch_size=50, lr=1e-5, momentum=0.0, seed=4)
     reference, _ = small()
     asynchronous.stale_gradients(reference, digits, delay=0, epochs=2, batch_size=50, lr=1e-5, momentum=0.0, seed=4)
-    assert relative(flat(model) - start, flat(reference) - start) < 0.05  # a lost update is rare, a lost share is 0.18
+    moved, expected = flat(model) - start, flat(reference) - start
+    off = (moved - expected).abs() > 0.05 * expected.abs()
+    assert off.double().mean() < 0.1  # interrupted between reading and writing, a process undoes a few entries at most
     assert not multiprocessing.active_children()
     if before:
         assert set(os.listdir("/dev/shm")) <= before
