@@ -6,8 +6,11 @@ import matplotlib
 import pytest
 import torch
 
+from course_lib.lab import exercises
+
 matplotlib.use("Agg")
 os.environ["COURSE_PROGRESS"] = "off"
+pytest.register_assert_rewrite("tests.checking")
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     torch.set_num_threads(1)  # the workers share the cores
@@ -19,3 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def unknown_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check then knows of no earlier attempt, and stores none."""
+    monkeypatch.setenv("COURSE_VALIDATING", "1")
+    monkeypatch.setattr(exercises, "_hints_given", {})

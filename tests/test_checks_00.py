@@ -1,23 +1,16 @@
 """Checks of chapter 0: right answers pass, each usual mistake gets its own words, stubs are not attempted."""
 
-import re
-from pathlib import Path
-
-import nbformat
 import numpy as np
 import pytest
 from scipy import stats
 from torch.nn import functional as F
 
 from course_lib.checks import chapter_00
-from course_lib.lab import exercises, mean_interval
+from course_lib.lab import mean_interval
 from course_lib.lab.exercises import check
+from tests import checking
 
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-    monkeypatch.setenv("COURSE_VALIDATING", "1")
-    monkeypatch.setattr(exercises, "_hints_given", {})
+pytestmark = pytest.mark.usefixtures("unknown_learner")
 
 
 def accuracy(logits, labels):
@@ -88,20 +81,12 @@ def test_right_answers_pass(exercise, answer):
     assert found.state == "passed", found
 
 
-def printed_solutions():
-    """The functions under "Solutions" of the notebook, by exercise; a learner without a kernel reads them folded."""
-    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb", as_version=4)
-    (folded,) = [cell.source for cell in notebook.cells if "<b>Solutions</b>" in cell.source]
-    (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
-    names = {"np": np, "stats": stats, "F": F}
-    exec(code, names)
-    order = ("accuracy", "interval", "paired_interval", "train_step")
-    return {f"00.{number}": names[name] for number, name in enumerate(order, start=1)}
+SOLUTIONS = {"00.1": "accuracy", "00.2": "interval", "00.3": "paired_interval", "00.4": "train_step"}
 
 
-@pytest.mark.parametrize("exercise", ["00.1", "00.2", "00.3", "00.4"])
-def test_the_printed_solutions_pass(exercise):
-    found = check(exercise, printed_solutions()[exercise])
+@pytest.mark.parametrize(("exercise", "name"), SOLUTIONS.items())
+def test_the_printed_solutions_pass(exercise, name):
+    found = check(exercise, checking.printed_solutions("00_start_here.ipynb", np=np, stats=stats, F=F)[name])
     assert found.state == "passed", found
 
 
@@ -198,12 +183,10 @@ def test_each_usual_mistake_is_named(exercise, answer, message):
     assert message in found.message, found
 
 
-@pytest.mark.parametrize("exercise", ["00.1", "00.2", "00.3", "00.4"])
-def test_stubs_are_not_attempted(exercise):
-    def stub(*inputs): ...
-
-    assert check(exercise, stub).state == "not attempted yet"
-    assert check(exercise, ...).state == "not attempted yet"
+@pytest.mark.parametrize("exercise", SOLUTIONS)
+@pytest.mark.parametrize("answer", checking.STUBS)
+def test_stubs_are_not_attempted(exercise, answer):
+    checking.assert_not_attempted(exercise, answer)
 
 
 def test_the_checks_know_the_right_interval_from_scipy():

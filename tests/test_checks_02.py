@@ -1,21 +1,16 @@
 """Checks of chapter 2: right answers pass, each usual mistake gets its own hint, stubs are not attempted."""
 
-import re
-from pathlib import Path
-
-import nbformat
 import pytest
 import torch
 
 from course_lib.checks import chapter_02
-from course_lib.lab import exercises
 from course_lib.lab.exercises import check
+from tests import checking
+
+pytestmark = pytest.mark.usefixtures("unknown_learner")
 
 
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-    monkeypatch.setenv("COURSE_VALIDATING", "1")
-    monkeypatch.setattr(exercises, "_hints_given", {})
+EXERCISES = {"02.1": "momentum_step", "02.2": "adam_step", "02.3": "adamw_step", "02.4": "orthogonalise"}
 
 
 def with_torch(kind, w, g, state, t, **settings):
@@ -239,58 +234,31 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("exercise", "answer", "message", "hint"), MISTAKES)
 def test_each_usual_mistake_gets_its_own_hint(exercise, answer, message, hint):
-    import re
-
-    found = check(exercise, answer)
-    assert found.state == "not yet right"
-    assert re.search(message, found.message), found
-    assert re.search(hint, found.hint), found
+    checking.assert_hinted(exercise, answer, message, hint)
 
 
 def test_no_two_mistakes_look_alike_on_the_first_hidden_input():
-    """Else the first in the list would take the other's place, and the hint would mislead."""
     for mistakes, case in (
         (chapter_02._MOMENTUM_MISTAKES, (*chapter_02._tensors(1, (5,), 3), 0.1, 0.9)),
         (chapter_02._ADAM_MISTAKES, chapter_02._adam_cases()[0]),
         (chapter_02._ADAMW_MISTAKES, (*chapter_02._adam_cases()[0], 0.5)),
     ):
-        results = [rule(*case) for rule, _, _ in mistakes]
-        for first in range(len(results)):
-            for second in range(first):
-                assert not exercises.close(results[first], results[second]), mistakes[first][1]
+        checking.assert_no_two_alike([rule(*case) for rule, _, _ in mistakes])
 
 
-def stub(*inputs):
-    """To be written."""
-
-
-def raising_stub(*inputs):
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize("exercise", ["02.1", "02.2", "02.3", "02.4"])
-@pytest.mark.parametrize("answer", [stub, raising_stub, lambda *inputs: ..., None, ...])
+@pytest.mark.parametrize("exercise", EXERCISES)
+@pytest.mark.parametrize("answer", checking.STUBS)
 def test_stubs_are_not_attempted(exercise, answer):
-    assert check(exercise, answer).state == "not attempted yet"
+    checking.assert_not_attempted(exercise, answer)
 
 
-@pytest.mark.parametrize("exercise", ["02.1", "02.2", "02.3", "02.4"])
-@pytest.mark.parametrize("answer", [3, lambda: 1, lambda *inputs: "a", lambda *inputs: 1 / 0, lambda *inputs: inputs])
+@pytest.mark.parametrize("exercise", EXERCISES)
+@pytest.mark.parametrize("answer", checking.USELESS)
 def test_any_other_answer_is_told_what_is_wrong(exercise, answer):
-    found = check(exercise, answer)
-    assert found.state == "not yet right"
-    assert found.message
+    checking.assert_told_what_is_wrong(exercise, answer)
 
 
-@pytest.mark.parametrize(
-    ("exercise", "name"),
-    [("02.1", "momentum_step"), ("02.2", "adam_step"), ("02.3", "adamw_step"), ("02.4", "orthogonalise")],
-)
+@pytest.mark.parametrize(("exercise", "name"), EXERCISES.items())
 def test_the_printed_solutions_pass(exercise, name):
-    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "02_optimizers.ipynb", as_version=4)
-    (folded,) = [cell.source for cell in notebook.cells if "<b>Solutions</b>" in cell.source]
-    (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
-    solutions = {}
-    exec(code, solutions)
-    found = check(exercise, solutions[name])
+    found = check(exercise, checking.printed_solutions("02_optimizers.ipynb")[name])
     assert found.state == "passed", found

@@ -2,27 +2,20 @@
 
 import itertools
 import math
-import re
-from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import prune
 
 from course_lib.checks import chapter_08
-from course_lib.lab import exercises
 from course_lib.lab.exercises import check
+from tests import checking
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "08_pruning.ipynb"
 EXERCISES = {"08.1": "magnitude_mask", "08.2": "two_of_four", "08.3": "sparsity_at", "08.4": "remove_units"}
 
 
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-    monkeypatch.setenv("COURSE_VALIDATING", "1")
-    monkeypatch.setattr(exercises, "_hints_given", {})
+pytestmark = pytest.mark.usefixtures("unknown_learner")
 
 
 # Solutions, as the notebook prints them
@@ -359,10 +352,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("exercise", "answer", "message", "hint"), MISTAKES)
 def test_each_usual_mistake_gets_its_own_hint(exercise, answer, message, hint):
-    found = check(exercise, answer)
-    assert found.state == "not yet right"
-    assert re.search(message, found.message), found
-    assert re.search(hint, found.hint), found
+    checking.assert_hinted(exercise, answer, message, hint)
 
 
 LISTS = {
@@ -375,14 +365,10 @@ LISTS = {
 
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_every_mistake_that_is_listed_is_made_above(exercise):
-    met = [check(made, answer).message for made, answer, *_ in MISTAKES if made == exercise]
-    for _, message, hints in LISTS[exercise]:
-        assert any(said.startswith(message) for said in met), message
-        assert hints
+    checking.assert_all_made(LISTS[exercise], exercise, MISTAKES)
 
 
 def test_no_two_mistakes_look_alike_on_the_first_hidden_input():
-    """Else the first in the list would take the other's place, and the hint would mislead."""
     weight = chapter_08._weights(51, 4, 5)
     network = chapter_08._dead_cases()["a network with two dead units"]
 
@@ -398,40 +384,22 @@ def test_no_two_mistakes_look_alike_on_the_first_hidden_input():
         [rule(*network) for rule, *_ in [(chapter_08._remove_units,), *LISTS["08.4"]]],
     ]
     for of_one_exercise in results:
-        for first in range(len(of_one_exercise)):
-            for second in range(first):
-                assert not exercises.close(of_one_exercise[first], of_one_exercise[second]), (second, first)
-
-
-def stub(*inputs):
-    """To be written."""
-
-
-def raising_stub(*inputs):
-    raise NotImplementedError
+        checking.assert_no_two_alike(of_one_exercise)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-@pytest.mark.parametrize("answer", [stub, raising_stub, lambda *inputs: ..., None, ...])
+@pytest.mark.parametrize("answer", checking.STUBS)
 def test_stubs_are_not_attempted(exercise, answer):
-    assert check(exercise, answer).state == "not attempted yet"
+    checking.assert_not_attempted(exercise, answer)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-@pytest.mark.parametrize("answer", [3, lambda: 1, lambda *inputs: "a", lambda *inputs: 1 / 0, lambda *inputs: inputs])
+@pytest.mark.parametrize("answer", checking.USELESS)
 def test_any_other_answer_is_told_what_is_wrong(exercise, answer):
-    found = check(exercise, answer)
-    assert found.state == "not yet right"
-    assert found.message
+    checking.assert_told_what_is_wrong(exercise, answer)
 
 
-@pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook of chapter 8 is not there")
 @pytest.mark.parametrize(("exercise", "name"), EXERCISES.items())
 def test_the_printed_solutions_pass(exercise, name):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    (folded,) = [cell.source for cell in notebook.cells if "<b>Solutions</b>" in cell.source]
-    (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
-    solutions = {"torch": torch}  # imported at the notebook's top
-    exec(code, solutions)
-    found = check(exercise, solutions[name])
+    found = check(exercise, checking.printed_solutions("08_pruning.ipynb", torch=torch)[name])
     assert found.state == "passed", found
