@@ -363,9 +363,8 @@ def simulate_workers(
     """Train ``model`` in place by several workers under ``policy``, all of them in this process.
 
     At each step a batch of ``batch_size`` examples is dealt out evenly to the workers (of the last batch of an epoch,
-    as much as can be). The order of the examples is
-    that of ``course_lib.lab.training.fit`` with the same seed; ``arrange=by_class`` gives each worker classes of its
-    own instead of a fair sample.
+    as much as can be). The order of the examples is that of ``course_lib.lab.training.fit`` with the same seed;
+    ``arrange=by_class`` gives each worker classes of its own instead of a fair sample.
 
     Raises
     ------

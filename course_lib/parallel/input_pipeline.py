@@ -15,8 +15,9 @@ pinning) and "CPU threading" of torch's documentation.
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import pandas as pd
@@ -28,7 +29,7 @@ from torch.utils.data import Dataset as Examples
 
 from course_lib.lab.data import Split, batches, normalise
 from course_lib.lab.models import mlp
-from course_lib.lab.timing import compare_speed, measure
+from course_lib.lab.timing import compare_speed
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
@@ -105,20 +106,32 @@ def measure_threads(
 ) -> pd.DataFrame:
     """Seconds of a training step of MLPs, a row for each width and a column for each number of threads.
 
-    The number of threads that torch had is given back to it at the end.
+    Medians of ``repeats`` rounds, in each of which all numbers of threads have their turn. The number of threads that
+    torch had is given back to it at the end.
     """
     before = torch.get_num_threads()
-    found: dict[int, list[float]] = {}
+    rows = []
     try:
-        for count in threads:
-            torch.set_num_threads(count)
-            found[count] = [_step_seconds(width, batch_size, repeats) for width in widths]
+        for width in widths:
+            step = _training_step(width, batch_size)
+            rounds = [[_seconds_with(count, step) for count in threads] for _ in range(repeats)]
+            rows.append([statistics.median(times) for times in zip(*rounds, strict=True)])
     finally:
         torch.set_num_threads(before)
-    return pd.DataFrame(found, index=pd.Index(widths, name="width")).rename_axis(columns="threads")
+    return pd.DataFrame(rows, index=pd.Index(widths, name="width"), columns=pd.Index(threads, name="threads"))
 
 
-def _step_seconds(width: int, batch_size: int, repeats: int) -> float:
+def _seconds_with(threads: int, step: Callable[[], None], warm_up: int = 2, steps: int = 3) -> float:
+    torch.set_num_threads(threads)
+    for _ in range(warm_up):
+        step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - started) / steps
+
+
+def _training_step(width: int, batch_size: int) -> Callable[[], None]:
     model = mlp((1, 8, 8), 10, width=width)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x, y = torch.zeros(batch_size, 1, 8, 8), torch.zeros(batch_size, dtype=torch.long)
@@ -128,7 +141,7 @@ def _step_seconds(width: int, batch_size: int, repeats: int) -> float:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    return measure(step, repeats=repeats, device="cpu").median
+    return step
 
 
 # --- Copies to a GPU --------------------------------------------------------------------------------------------------
