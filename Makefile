@@ -34,7 +34,7 @@ test: $(STAMP)  ## run everything: lint, types, unit tests, each notebook and it
 	$(BIN)/python -m pytest
 
 run: $(STAMP)  ## execute one chapter in place (NB=02), or all of them
-	$(BIN)/python -m course_lib.lab.run_notebook $(NB)
+	$(BIN)/python -m course_lib.proving.run_notebook $(NB)
 
 bench: $(STAMP)  ## measure what the course promises about speed, as ratios
 	$(BIN)/python -m tests.benchmarks

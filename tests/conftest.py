@@ -10,7 +10,7 @@ from course_lib.lab import exercises
 
 matplotlib.use("Agg")
 os.environ["COURSE_PROGRESS"] = "off"
-pytest.register_assert_rewrite("tests.checking")
+pytest.register_assert_rewrite("tests.checks.checking")
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     torch.set_num_threads(1)  # the workers share the cores

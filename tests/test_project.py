@@ -22,7 +22,7 @@ TECHNIQUES = (
     *("preprocessing", "optimizers", "schedules", "batching", "regularization", "early_stopping", "parallel"),
     *("pruning", "distillation", "partitioning", "compression", "merging", "transfer", "fusion", "efficiency"),
 )
-SHARED = {"lab", "checks", "_torchvision_mend"}
+SHARED = {"lab", "proving", "checks", "studies", "_torchvision_mend"}
 NOTEBOOKS = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 
@@ -195,22 +195,36 @@ def technique_files(module: str) -> list[Path]:
     return [path for path in (PACKAGE / f"{module}.py", PACKAGE / module / "__init__.py") if path.is_file()]
 
 
-def test_every_module_belongs_to_a_chapter_and_has_tests() -> None:
+def test_every_technique_is_the_module_or_the_package_of_a_chapter() -> None:
     wrong = []
     for technique in sorted({name for path in modules() if (name := technique_of(path))}):
         if technique not in TECHNIQUES:
             wrong.append(f"course_lib/{technique}: not the module of a chapter; those are {', '.join(TECHNIQUES)}")
-        elif not (ROOT / "tests" / f"test_{technique}.py").is_file():
-            wrong.append(f"course_lib/{technique}: has no tests/test_{technique}.py")
         elif len(technique_files(technique)) != 1:
             wrong.append(f"course_lib/{technique}: is either a module or a package, not both")
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_file_of_the_laboratory_has_tests() -> None:
-    names = {path.name.removesuffix(".py") for path in (PACKAGE / "lab").iterdir() if not path.name.startswith("_")}
-    missing = sorted(name for name in names if not (ROOT / "tests" / "lab" / f"test_{name}.py").is_file())
-    assert not missing, f"tests/lab/ has no test_NAME.py for {missing}"
+def test_the_tests_mirror_course_lib_folder_for_folder() -> None:
+    """``course_lib/NAME`` (or ``NAME.py``) is tested in ``tests/NAME/``; there are no other folders and no strays."""
+    parts = {name.removesuffix(".py") for name in top_level(PACKAGE) if not name.startswith("_")}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith("_")}
+    assert folders == parts | {"benchmarks"}
+    assert not [part for part in parts if not list((ROOT / "tests" / part).rglob("test_*.py"))]
+    loose = {path.name for path in (ROOT / "tests").glob("*.py")}
+    assert loose == {"__init__.py", "conftest.py", "test_project.py", "test_torchvision_mend.py"}
+
+
+def top_level(package: Path) -> list[str]:
+    return [path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("folder", ["lab", "proving"])
+def test_every_public_file_of_the_laboratory_has_tests(folder: str) -> None:
+    tested_elsewhere = {"agreement", "figure_comparison"}  # by test_figures.py, through the checker that they make up
+    names = {name.removesuffix(".py") for name in top_level(PACKAGE / folder) if not name.startswith("_")}
+    there = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    assert not names - there - tested_elsewhere, f"tests/{folder}/ has no test_NAME.py for these"
 
 
 def test_nothing_names_a_folder_of_somebodys_machine() -> None:
@@ -279,8 +293,8 @@ def test_a_second_call_installs_nothing(installed: Path) -> None:
     assert make(installed, "test").stdout == "python -m pytest\n"
     assert make(installed, "-n", "test").stdout.split() == [".venv/bin/python", "-m", "pytest"]
     assert make(installed, "bench").stdout == "python -m tests.benchmarks\n"
-    assert make(installed, "run", "NB=02").stdout == "python -m course_lib.lab.run_notebook 02\n"
-    assert make(installed, "run").stdout == "python -m course_lib.lab.run_notebook\n"
+    assert make(installed, "run", "NB=02").stdout == "python -m course_lib.proving.run_notebook 02\n"
+    assert make(installed, "run").stdout == "python -m course_lib.proving.run_notebook\n"
 
 
 @needs_make

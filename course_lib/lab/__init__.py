@@ -9,7 +9,7 @@ Imported in a notebook, it sets the look of all figures and makes each of them c
 """
 
 try:
-    from course_lib.lab import figures, plotting, surfaces
+    from course_lib.lab import plotting, surfaces
     from course_lib.lab.claims import Claims
     from course_lib.lab.data import batches, load, normalise, random_shift
     from course_lib.lab.exercises import check, progress
@@ -19,6 +19,7 @@ try:
     from course_lib.lab.timing import compare_speed, measure, peak_memory
     from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh
     from course_lib.lab.widgets import choice, explorer, log_slider, slider
+    from course_lib.proving import figures
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"{error.name} is not installed. Run 'pip install -r requirements.txt' in the folder of the course and the "
@@ -45,7 +46,6 @@ __all__ = [
     "device",
     "evaluate",
     "explorer",
-    "figures",
     "fit",
     "fresh",
     "load",

@@ -186,7 +186,7 @@ class Explorer:
         controls: Mapping[str, Control],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        from course_lib.lab.figures import describe_figure
+        from course_lib.proving.figures import describe_figure
 
         try:
             inspect.signature(draw).bind(**controls)
@@ -240,7 +240,7 @@ class Explorer:
         return ipywidgets.VBox([row, message, image])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from course_lib.lab.figures import FIGURE_MIME
+        from course_lib.proving.figures import FIGURE_MIME
 
         return {
             **self.widget._repr_mimebundle_(),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_training import RECIPE, blobs, network, weights
 from torch import nn
 
 from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
 from course_lib.lab.training import Diverged, History, fit
+from tests.lab.test_training import RECIPE, blobs, network, weights
 
 
 @pytest.fixture(autouse=True)

@@ -186,7 +186,7 @@ def test_whole_numbers_stay_whole_and_others_do_not():
 
 
 def test_the_output_holds_widget_picture_content_and_text(waves):
-    from course_lib.lab.figures import FIGURE_MIME
+    from course_lib.proving.figures import FIGURE_MIME
 
     bundle = waves._repr_mimebundle_()
     assert set(bundle) == {"application/vnd.jupyter.widget-view+json", "image/png", FIGURE_MIME, "text/plain"}

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from course_lib.checks import chapter_08
 from course_lib.lab.exercises import check
-from tests import checking
+from tests.checks import checking
 
 EXERCISES = {"08.1": "magnitude_mask", "08.2": "two_of_four", "08.3": "sparsity_at", "08.4": "remove_units"}
 

@@ -27,8 +27,8 @@ from matplotlib.path import Path
 from matplotlib.table import Table
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from course_lib.lab._agreement import pack
-from course_lib.lab._figure_comparison import differences
+from course_lib.proving.agreement import pack
+from course_lib.proving.figure_comparison import differences
 
 __all__ = ["FIGURE_MIME", "describe_figure", "differences", "register"]
 

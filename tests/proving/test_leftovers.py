@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from course_lib.lab._leftovers import Traces
+from course_lib.proving.leftovers import Traces
 
 
 @pytest.fixture

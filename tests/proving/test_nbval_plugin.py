@@ -16,9 +16,9 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
-from course_lib.lab._leftovers import Traces
-from course_lib.lab.figures import FIGURE_MIME, describe_figure
-from course_lib.lab.nbval_plugin import (
+from course_lib.proving.figures import FIGURE_MIME, describe_figure
+from course_lib.proving.leftovers import Traces
+from course_lib.proving.nbval_plugin import (
     WIDGET_MIME,
     cell_tolerance,
     kernel_environment,
@@ -158,8 +158,8 @@ def test_the_kernels_environment() -> None:
 HEAD = """
 import os, time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-import course_lib.lab.figures
-course_lib.lab.figures.register()
+import course_lib.proving.figures
+course_lib.proving.figures.register()
 x = np.arange(1, 31)
 """
 CURVES = """
@@ -343,7 +343,7 @@ tempfile.mkstemp(prefix="weights-");
 def test_a_process_and_a_file_that_a_notebook_leaves_behind_are_errors(
     pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("course_lib.lab.nbval_plugin.Traces.left", partialmethod(Traces.left, patience=0.5))
+    monkeypatch.setattr("course_lib.proving.nbval_plugin.Traces.left", partialmethod(Traces.left, patience=0.5))
     cell = nbformat.v4.new_code_cell(LEAVES.strip(), execution_count=1)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "untidy.ipynb")
     result = validate(pytester, tmp_path / "untidy.ipynb")

@@ -22,8 +22,8 @@ from course_lib.parallel import asynchronous, input_pipeline, scaling
 from course_lib.parallel import communicating_less as less
 from course_lib.parallel.communicating_less import ErrorFeedback, simulate_workers, top_fraction, top_k
 from course_lib.parallel.launching import launch
-from tests import parallel_functions_p3 as in_processes
-from tests.parallel_functions_p3 import DOUBLE, flat, small
+from tests.parallel import communicated_by_ranks as in_processes
+from tests.parallel.communicated_by_ranks import DOUBLE, flat, small
 
 RUN: dict[str, Any] = {"epochs": 2, "batch_size": 100, "lr": 0.1, "momentum": 0.5, "seed": 4}
 

@@ -22,7 +22,7 @@ from course_lib.parallel.data_parallel_runs import Run, relative_difference, tra
 from course_lib.parallel.launching import launch
 from course_lib.parallel.resuming import batch_of_step, read_lives, run_under_torchrun, save_atomically, train_resumably
 from course_lib.parallel.sharding import local_bytes, measure_sharding, memory_per_rank, partition
-from tests import parallel_functions_p2 as ranks
+from tests.parallel import trained_by_ranks as ranks
 
 RIGHT = (data_parallel_runs.one_by_one, ranks.small_buckets, ranks.small_overlapped, data_parallel_runs.torch_ddp)
 WRONG = data_parallel_runs.torch_ddp_unweighted

@@ -1,4 +1,4 @@
-"""Execute chapters in place: ``python -m course_lib.lab.run_notebook 02`` (or paths, or nothing for all of them).
+"""Execute chapters in place: ``python -m course_lib.proving.run_notebook 02`` (or paths, or nothing for all of them).
 
 A notebook is replaced only when each of its cells has run, in one step: a cell that fails leaves the file as it was,
 and is named together with its error. What would differ between two runs of the same code for no good reason (times of

@@ -5,7 +5,7 @@ import torch
 
 from course_lib.checks import chapter_07
 from course_lib.lab.exercises import check
-from tests import checking
+from tests.checks import checking
 
 EXERCISES = {"07.1": "ring_step", "07.2": "ring_seconds", "07.3": "global_gradient", "07.4": "compress"}
 

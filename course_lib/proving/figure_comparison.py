@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colors
 
-from course_lib.lab._agreement import TOLERANCE, shorten, text_differences, unpack, without_numbers
+from course_lib.proving.agreement import TOLERANCE, shorten, text_differences, unpack, without_numbers
 
 HALF_A_PIXEL = 1 / 800  # of the height of an axes
 VISIBLE = 0.05  # of the axes: what a movement stays below by default, however large the number itself is

@@ -10,7 +10,7 @@ import nbformat
 from course_lib.lab import exercises
 from course_lib.lab.exercises import check
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def stub(*inputs):

@@ -5,7 +5,7 @@ import torch
 
 from course_lib.checks import chapter_02
 from course_lib.lab.exercises import check
-from tests import checking
+from tests.checks import checking
 
 pytestmark = pytest.mark.usefixtures("unknown_learner")
 

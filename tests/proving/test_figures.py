@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from course_lib.lab._agreement import html_differences, pack, text_differences, unpack
-from course_lib.lab.figures import FIGURE_MIME, describe_figure, differences, register
+from course_lib.proving.agreement import html_differences, pack, text_differences, unpack
+from course_lib.proving.figures import FIGURE_MIME, describe_figure, differences, register
 
 EPOCHS = np.arange(1, 31)
 

@@ -1,4 +1,4 @@
-"""What the ranks do in test_parallel_training.py. Starting processes is slow, so each function tries many things."""
+"""What the ranks do in test_training.py. Starting processes is slow, so each function tries many things."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from course_lib.checks import chapter_00
 from course_lib.lab import mean_interval
 from course_lib.lab.exercises import check
-from tests import checking
+from tests.checks import checking
 
 pytestmark = pytest.mark.usefixtures("unknown_learner")
 

@@ -28,9 +28,9 @@ import torch
 
 from course_lib import parallel
 from course_lib.parallel import LaunchTimeout, RankFailed, launch
-from tests import parallel_functions_p1 as functions
+from tests.parallel import run_by_ranks as functions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINUX = Path("/proc/self/fd").exists()
 
 
@@ -128,7 +128,7 @@ print(sum("gloo" in name for name in names()))
 
 def test_torchrun_gives_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.parallel_functions_p1", str(tmp_path)]
+    command += ["-m", "tests.parallel.run_by_ranks", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     printed = [tuple(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(2)]
     assert printed == launch(functions.gather, 2, offset=2)
@@ -268,7 +268,7 @@ def test_a_long_path_to_the_temporary_folder_is_no_hindrance(
 ) -> None:
     """A socket's path has room for about a hundred characters."""
     (tmp_path / "script.py").write_text(
-        "from course_lib.parallel import launch\nfrom tests import parallel_functions_p1 as functions\n"
+        "from course_lib.parallel import launch\nfrom tests.parallel import run_by_ranks as functions\n"
         "if __name__ == '__main__':\n    print(launch(functions.echo, 1, 'heard', timeout=100))\n"
     )
     temporary = short_folder / folder
@@ -292,7 +292,7 @@ def test_a_program_from_standard_input_is_refused() -> None:
 SCRIPT = """
 import sys
 from course_lib.parallel import launch
-from tests import parallel_functions_p1 as functions
+from tests.parallel import run_by_ranks as functions
 
 if __name__ == "__main__":
     launch(functions.echo, 1)
@@ -384,7 +384,7 @@ NOTEBOOK = [
     """
 import os
 from course_lib.parallel import launch
-from tests import parallel_functions_p1 as functions
+from tests.parallel import run_by_ranks as functions
 launch(functions.gather, 2)
 """,
     """

@@ -4,7 +4,7 @@ nbval runs each notebook and, by itself, ignores pictures and compares text char
 (loaded by the ``addopts`` of ``pyproject.toml``)
 
 - a figure is compared by the content stored beside it (``figures.py``), and its PNG must be there and not be blank;
-- in text and tables, words must agree exactly and numbers within one tolerance (``_agreement.py``);
+- in text and tables, words must agree exactly and numbers within one tolerance (``agreement.py``);
 - the cell tag ``tol:0.05`` sets another tolerance for a cell; the tag ``timing`` says that its numbers are measured
   times or memory, which only have to be finite.
 
@@ -30,9 +30,9 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 from PIL import Image, UnidentifiedImageError
 
-from course_lib.lab._agreement import TOLERANCE, html_differences, html_pictures, shorten, text_differences
-from course_lib.lab._leftovers import Traces
-from course_lib.lab.figures import FIGURE_MIME, differences
+from course_lib.proving.agreement import TOLERANCE, html_differences, html_pictures, shorten, text_differences
+from course_lib.proving.figures import FIGURE_MIME, differences
+from course_lib.proving.leftovers import Traces
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
