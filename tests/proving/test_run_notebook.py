@@ -11,7 +11,7 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from course_lib.lab import run_notebook
+from course_lib.proving import run_notebook
 
 
 def write(path: Path, *sources: str) -> Path:
