@@ -1,12 +1,6 @@
 """The loop: does what a loop written by hand does, survives being killed, and fails with words that help."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +12,7 @@ from torch.nn import functional as F
 
 from course_lib.lab.data import Dataset, Split, batches, random_shift
 from course_lib.lab.runtime import seed_everything
-from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit
+from course_lib.lab.training import Diverged, Recipe, cross_entropy, evaluate, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +98,7 @@ def test_history_holds_what_happened():
     found = evaluate(model, data.val)
     assert (history["val_loss"][-1], history["val_accuracy"][-1]) == (found.loss, found.accuracy)
     assert list(history.frame().columns) == ["train_loss", "val_loss", "val_accuracy", "lr", "seconds",
-                                             "examples_per_second"]  # fmt: skip
+                                             "examples_per_second", "examples"]  # fmt: skip
     for seconds, speed in zip(history["seconds"], history["examples_per_second"], strict=True):
         assert speed == pytest.approx(len(data.train) / seconds)
     with pytest.raises(KeyError, match="train_loss"):
@@ -226,143 +220,7 @@ def test_evaluate_leaves_the_mode_as_it_was():
         assert model.training is mode
 
 
-# --- a run that is killed -------------------------------------------------------------------------------------------
-
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, {root!r})
-    sys.path.insert(0, {root!r} + "/tests/lab")
-    import torch
-    from dataclasses import replace
-    from test_training import FULL, blobs, network
-    from course_lib.lab import training
-
-    moment, path = sys.argv[1], sys.argv[2]
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    epoch_to_die = 3
-
-    if moment == "during a write":
-        real_save, writes = torch.save, []
-        def save(state, file):
-            writes.append(1)
-            if len(writes) == epoch_to_die:
-                file.write(b"half of a checkpoint"); file.flush(); die()
-            real_save(state, file)
-        torch.save = save
-    elif moment == "before it is put in place":
-        real_replace, moves = os.replace, []
-        def put(source, target):
-            moves.append(1)
-            die() if len(moves) == epoch_to_die else real_replace(source, target)
-        os.replace = put
-    elif moment == "in the middle of an epoch":
-        real, steps = FULL.objective, []
-        def objective(model, x, y):
-            steps.append(1)
-            return die() if len(steps) == 13 else real(model, x, y)
-        objective.__qualname__ = real.__qualname__
-        FULL = replace(FULL, objective=objective)
-    training.fit(network(dropout=0.3), blobs(), FULL, seed=5, checkpoint=path)
-"""
-
-
-def same_threads() -> dict[str, str]:
-    """The environment of a child that adds numbers up in the same order as this process."""
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-
-def cosine(optimizer, steps):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-
-# Everything that has a state: a schedule, a moving average, dropout's and augmentation's random numbers.
-FULL = Recipe(
-    epochs=5, batch_size=16, optimizer=partial(torch.optim.Adam, lr=0.01), schedule=cosine, ema=0.9,
-    augment=partial(random_shift, pixels=1),
-)  # fmt: skip
-TIMES = ["seconds", "examples_per_second"]
-
-
-@pytest.mark.parametrize("moment", ["in the middle of an epoch", "during a write", "before it is put in place"])
-def test_a_killed_run_goes_on_bit_identically(tmp_path, moment):
-    path = tmp_path / "run.pt"
-    script = textwrap.dedent(KILLED).format(root=str(ROOT))
-    command = [sys.executable, "-c", script, moment, str(path)]
-    killed = subprocess.run(command, capture_output=True, text=True, env=same_threads())
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed, whole = network(dropout=0.3), network(dropout=0.3)
-    survived = torch.load(path, weights_only=True)["rows"]
-    assert len(survived) == 2  # it was killed in, or at the end of, the third epoch
-    history = fit(resumed, blobs(), FULL, seed=5, checkpoint=path)
-    expected = fit(whole, blobs(), FULL, seed=5)
-    assert history.rows[:2] == survived  # their times too: these epochs were not trained again
-    assert torch.equal(weights(resumed), weights(whole))
-    assert history.frame().drop(columns=TIMES).equals(expected.frame().drop(columns=TIMES))
-    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-
-
-def test_a_run_killed_at_any_moment_goes_on(tmp_path):
-    """The same from outside, at moments nobody chose: killed again and again until it gets through."""
-    path = tmp_path / "run.pt"
-    script = textwrap.dedent(KILLED).format(root=str(ROOT))
-    reference = network(dropout=0.3)
-    fit(reference, blobs(), FULL, seed=5)
-    for _ in range(2):
-        running = subprocess.Popen([sys.executable, "-c", script, "no moment", str(path)], env=same_threads())
-        seen = set()
-        while running.poll() is None and len(seen) < 2:  # kill it as soon as the file has appeared or changed
-            if path.exists():
-                seen.add(path.stat().st_mtime_ns)
-            time.sleep(0.001)
-        os.kill(running.pid, signal.SIGKILL) if running.poll() is None else None
-        running.wait()
-        torch.load(path, weights_only=True)  # whole at every moment
-    model = network(dropout=0.3)
-    history = fit(model, blobs(), FULL, seed=5, checkpoint=path)
-    assert len(history) == 5
-    assert torch.equal(weights(model), weights(reference))
-
-
-def test_a_finished_checkpoint_gives_the_model_back_without_training(tmp_path):
-    first, again = network(), network(seed=1)
-    history = fit(first, blobs(), RECIPE, seed=0, checkpoint=tmp_path / "run.pt")
-    repeated = fit(again, blobs(), RECIPE, seed=0, checkpoint=tmp_path / "run.pt")
-    assert repeated.rows == history.rows  # the times too
-    assert torch.equal(weights(first), weights(again))
-
-
-def test_a_stopped_run_stays_stopped(tmp_path):
-    def stop(history: History) -> bool:
-        return len(history) == 2
-
-    recipe = replace(RECIPE, epochs=9, stop=stop)
-    fit(network(), blobs(), recipe, seed=0, checkpoint=tmp_path / "run.pt")
-    assert len(fit(network(), blobs(), recipe, seed=0, checkpoint=tmp_path / "run.pt")) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"recipe": replace(RECIPE, batch_size=32)}, "batch_size=16, this run has batch_size=32"),
-     ({"recipe": replace(RECIPE, optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9))}, "optimizer=SGD"),
-     ({"seed": 1}, "seed=0, this run has seed=1"),
-     ({"model": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))}, "another model")],
-)  # fmt: skip
-def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, change, words):
-    path = tmp_path / "run.pt"
-    fit(network(), blobs(), RECIPE, seed=0, checkpoint=path)
-    before = path.read_bytes()
-    settings = {"model": network(), "recipe": RECIPE, "seed": 0} | change
-    with pytest.raises(ValueError, match=words):
-        fit(settings["model"], blobs(), settings["recipe"], seed=settings["seed"], checkpoint=path)
-    assert path.read_bytes() == before
-
-
-def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tmp_path):
-    path = tmp_path / "run.pt"
-    path.write_bytes(b"my thesis")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        fit(network(), blobs(), RECIPE, seed=0, checkpoint=path)
-    assert path.read_bytes() == b"my thesis"
+# --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
