@@ -1,9 +1,11 @@
 """The loop: does what a loop written by hand does, survives being killed, and fails with words that help."""
 
 import math
+import pickle
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from course_lib.lab.data import Dataset, Split, batches, random_shift
 from course_lib.lab.runtime import seed_everything
-from course_lib.lab.training import Diverged, Recipe, cross_entropy, evaluate, fit
+from course_lib.lab.training import Diverged, Recipe, cross_entropy, evaluate, fit, logits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,7 +207,8 @@ def test_divergence_names_epoch_step_and_rate():
 @pytest.mark.parametrize(
     ("slot", "value"),
     [("epochs", 0), ("batch_size", -1), ("batch_size", 2.5), ("accumulate", 0), ("accumulate", 999), ("clip_norm", 0),
-     ("precision", "float8"), ("ema", 1.0)],
+     ("precision", "float8"), ("ema", 1.0), ("validate_every", 0.3), ("validate_every", 2.5), ("validate_every", 0),
+     ("validate_every", -1), ("validate_every", math.inf), ("keep", "accuracy")],
 )  # fmt: skip
 def test_a_bad_slot_is_named_with_its_value(slot, value):
     with pytest.raises(ValueError, match=f"{slot}={value!r}"):
@@ -218,6 +221,207 @@ def test_evaluate_leaves_the_mode_as_it_was():
         model.train(mode)
         evaluate(model, blobs().val)
         assert model.training is mode
+
+
+# --- what chapters ask of the loop ---------------------------------------------------------------------------------
+
+
+def worse_and_worse(model, x, y):
+    return -cross_entropy(model, x, y)
+
+
+@pytest.mark.parametrize(("column", "pick"), [("val_loss", min), ("val_accuracy", max), ("size", max)])
+def test_keep_leaves_the_weights_of_the_best_row(column, pick):
+    """Each column has its own best epoch, and the weights that remain are that epoch's, found by training up to it."""
+
+    sizes = iter([2.0, 5.0, 3.0, 1.0])
+    recipe = replace(
+        RECIPE, epochs=4, keep=column, watch={"size": lambda model, data: next(sizes)},
+        optimizer=partial(torch.optim.SGD, lr=0.8, momentum=0.9),
+    )  # fmt: skip
+    kept, reference = network(), network()
+    history = fit(kept, blobs(), recipe, seed=0)
+    best = history[column].index(pick(history[column])) + 1
+    if column == "size":
+        assert best == 2
+    fit(reference, blobs(), replace(recipe, epochs=best, keep=None, watch=None), seed=0)
+    assert torch.equal(weights(kept), weights(reference))
+
+
+def test_keep_takes_the_average_where_that_is_what_is_evaluated():
+    model = network()
+    history = fit(model, blobs(), replace(RECIPE, objective=worse_and_worse, ema=0.5, keep="val_loss"), seed=0)
+    assert history["val_loss"].index(min(history["val_loss"])) == 0
+    assert evaluate(model, blobs().val).loss == history["val_loss"][0]
+
+
+def test_a_schedule_that_listens_is_told_of_each_validation():
+    class Listening(torch.optim.lr_scheduler.LambdaLR):
+        told: ClassVar[list] = []
+
+        def listen(self, history):
+            self.told.append((history["epoch"][-1], self.last_epoch))
+
+    fit(network(), blobs(), replace(RECIPE, schedule=lambda o, n: Listening(o, lambda t: 1.0)), seed=0)
+    assert Listening.told == [(1, 5), (2, 10), (3, 15)]  # 67 examples in batches of 16: 5 steps an epoch
+
+
+def test_reduce_on_plateau_lowers_the_rate_when_validation_does_not_improve():
+    def on_plateau(optimizer, steps):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+
+    recipe = replace(RECIPE, epochs=7, objective=worse_and_worse, schedule=on_plateau)
+    history = fit(network(), blobs(), recipe, seed=0)
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    plateau, expected = on_plateau(reference, 0), []
+    for loss in history["val_loss"]:
+        expected.append(reference.param_groups[0]["lr"])
+        plateau.step(loss)
+    assert history["lr"] == expected
+    assert expected[-1] < 0.05 / 50
+
+
+def test_a_batch_size_that_grows():
+    sizes = []
+
+    def objective(model, x, y):
+        sizes.append(len(x))
+        return cross_entropy(model, x, y)
+
+    recipe = replace(RECIPE, batch_size=lambda epoch: 16 * epoch, objective=objective, schedule=count_steps)
+    history = fit(network(), blobs(), recipe, seed=0)
+    assert sizes == [16, 16, 16, 16, 3, 32, 32, 3, 48, 19]
+    assert history["examples"] == [67, 134, 201]
+    assert count_steps.total == 10
+
+
+def count_steps(optimizer, steps):
+    count_steps.total = steps
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "expected"),
+    [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 4, [4]), (1 / 2, 2, [0.4, 1, 1.4, 2]),
+     (1 / 5, 1, [0.2, 0.4, 0.6, 0.8, 1])],
+)  # fmt: skip
+def test_validation_as_often_as_asked_changes_nothing_else(every, epochs, expected):
+    often, usual = network(dropout=0.2), network(dropout=0.2)
+    recipe = replace(RECIPE, epochs=epochs, validate_every=every)
+    history = fit(often, blobs(), recipe, seed=0)
+    reference = fit(usual, blobs(), replace(recipe, validate_every=1), seed=0)
+    assert history["epoch"] == pytest.approx(expected)
+    assert torch.equal(weights(often), weights(usual))
+    assert history.losses == reference.losses
+    assert history["examples"][-1] == reference["examples"][-1] == 67 * epochs
+    assert (history["val_loss"][-1], history["lr"][-1]) == (reference["val_loss"][-1], reference["lr"][-1])
+
+
+def test_the_mean_loss_of_a_row_is_that_of_all_steps_since_the_row_before():
+    history = fit(network(), blobs(), replace(RECIPE, epochs=4, validate_every=2), seed=0)
+    sizes = [16, 16, 16, 16, 3] * 2
+    for row, losses in zip(history.rows, (history.losses[:10], history.losses[10:]), strict=True):
+        assert row["train_loss"] == pytest.approx(sum(a * b for a, b in zip(losses, sizes, strict=True)) / 134)
+
+
+def test_a_stop_between_two_epochs_ends_the_run_there():
+    recipe = replace(RECIPE, epochs=4, validate_every=1 / 5, stop=lambda history: len(history) == 7)
+    history = fit(network(), blobs(), recipe, seed=0)
+    assert history["epoch"][-1] == pytest.approx(1.4)
+    assert (history.epochs, history.stopped, len(history.losses)) == (1, True, 7)
+
+
+def test_watch_measures_beside_the_loss_with_its_penalty():
+    def penalised(model, x, y):
+        return cross_entropy(model, x, y) + sum(p.square().sum() for p in model.parameters())
+
+    watch = {"plain_loss": lambda model, data: evaluate(model, data.train).loss}
+    model, data = network(), blobs()
+    history = fit(model, data, replace(RECIPE, objective=penalised, watch=watch), seed=0)
+    assert history["plain_loss"][-1] == evaluate(model, data.train).loss
+    assert history["train_loss"][-1] > history["plain_loss"][-1] + 1
+    assert "plain_loss" in history.frame().columns
+
+
+def test_losses_and_rates_of_all_steps_and_groups_are_kept():
+    def two_groups(parameters):
+        first, *rest = (p for _, p in parameters)
+        return torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": rest}], lr=0.01)
+
+    history = fit(network(), blobs(), replace(RECIPE, optimizer=two_groups, schedule=halving), seed=0)
+    assert history.rates[:2] == [(0.1, 0.01), (0.05, 0.005)]
+    assert len(history.losses) == len(history.rates) == 15
+
+
+def halving(optimizer, steps):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test_a_run_that_diverged_keeps_its_history():
+    def breaks(model, x, y):
+        breaks.calls += 1
+        return cross_entropy(model, x, y) * (math.inf if breaks.calls == 8 else 1)
+
+    breaks.calls = 0
+    with pytest.raises(Diverged) as caught:
+        fit(network(), blobs(), replace(RECIPE, objective=breaks), seed=0)
+    again = pickle.loads(pickle.dumps(caught.value))
+    for error in (caught.value, again):
+        assert error.history["epoch"] == [1]
+        assert len(error.history.losses) == 10
+        assert [math.isfinite(loss) for loss in error.history.losses[:8]] == [True] * 7 + [False]
+
+
+class Pair(nn.Module):
+    """Two networks trained together; the answer is the mean of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.ModuleList([network(seed=1), network(seed=2)])
+
+    def forward(self, x):
+        return torch.stack([net(x) for net in self.both]).mean(0)
+
+
+def mutual(model, x, y):
+    """Deep mutual learning: each learns from the labels and from the other."""
+    one, other = (net(x) for net in model.both)
+    to = nn.functional.kl_div
+    apart = to(one.log_softmax(1), other.detach().softmax(1), reduction="batchmean")
+    apart = apart + to(other.log_softmax(1), one.detach().softmax(1), reduction="batchmean")
+    return F.cross_entropy(one, y) + F.cross_entropy(other, y) + apart
+
+
+def test_a_pair_trained_together_is_one_network():
+    pair = Pair()
+    history = fit(pair, blobs(), replace(RECIPE, objective=mutual, epochs=6), seed=0)
+    assert history["val_accuracy"][-1] > 0.8
+    assert evaluate(pair, blobs().val).accuracy == history["val_accuracy"][-1]
+
+
+def test_an_ensemble_without_weights_of_its_own_is_evaluated():
+    class Ensemble(nn.Module):
+        def __init__(self, members):
+            super().__init__()
+            self.members = [member.eval() for member in members]  # a plain list: no parameter is registered
+
+        def forward(self, x):
+            return torch.stack([member(x) for member in self.members]).mean(0)
+
+    members, data = [network(seed=1), network(seed=2)], blobs()
+    ensemble = Ensemble(members)
+    assert next(ensemble.parameters(), None) is None
+    expected = torch.stack([logits_of(member, data.test) for member in members]).mean(0)
+    assert torch.equal(logits_of(ensemble, data.test), expected)
+    right = (expected.argmax(1) == data.test.labels).float().mean().item()
+    assert evaluate(ensemble, data.test).accuracy == pytest.approx(right)
+
+
+def test_logits_of_a_split_come_in_its_order_and_whole():
+    model, data = network().double(), blobs()
+    x, _ = next(batches(data.test, len(data.test), dtype=torch.float64))
+    assert logits_of(model, data.test, batch_size=10).dtype == torch.float64
+    torch.testing.assert_close(logits_of(model, data.test, batch_size=10), model.eval()(x).detach())
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
