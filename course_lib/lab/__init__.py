@@ -17,7 +17,7 @@ try:
     from course_lib.lab.models import convnet, mlp, resnet, vit
     from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
     from course_lib.lab.timing import compare_speed, measure, peak_memory
-    from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh
+    from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh, logits_of
     from course_lib.lab.widgets import choice, explorer, log_slider, slider
     from course_lib.proving import figures
 except ModuleNotFoundError as error:
@@ -50,6 +50,7 @@ __all__ = [
     "fresh",
     "load",
     "log_slider",
+    "logits_of",
     "mean_interval",
     "measure",
     "mlp",
