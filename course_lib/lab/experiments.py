@@ -268,8 +268,10 @@ def compare(
     return Comparison(shown, seeds, values, histories, censored)
 
 
-def spread(run: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Any]:
-    """``run(*job)`` for each job, in order, by so many processes; each on one thread of the processor.
+def spread(
+    run: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, *, ordered: bool = True
+) -> Iterator[Any]:
+    """``run(*job)`` for each job, by so many processes, each on one thread of the processor; in order, or as they end.
 
     The processes stay for the next call and end with this one, or a few minutes after their last work. Ctrl-C, and an
     error in a run, end the work of all of them.
@@ -285,10 +287,11 @@ def spread(run: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: in
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky import get_reusable_executor
 
+    returned = "generator" if ordered else "generator_unordered"
     try:
         with parallel_config("loky", inner_max_num_threads=1):
             # No memory maps: they would leave a folder behind when a process is killed
-            pool = Parallel(n_jobs=workers, return_as="generator", max_nbytes=None, batch_size=1)
+            pool = Parallel(n_jobs=workers, return_as=returned, max_nbytes=None, batch_size=1)
             yield from pool(delayed(_on_one_thread)(run, job) for job in jobs)
     except BaseException:
         get_reusable_executor().shutdown(wait=True)

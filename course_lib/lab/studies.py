@@ -1,0 +1,450 @@
+"""Recorded studies: what a minute cannot tell, run once at a real scale, and recorded so that it can be believed.
+
+    python -m course_lib.lab.studies 02          # or: make study NB=02
+
+A chapter declares its study in ``course_lib/studies/chapter_NN.py`` as ``STUDY``. Running it appends one line of JSON
+for each finished run to ``data/studies/chapter_NN.jsonl``: a kill loses the runs that were under way, and the next call
+goes on with them. A notebook shows it with ``recorded("02", "mnist")``, an ordinary ``Comparison``.
+
+==============  =======================================================================================================
+``Study``       a question, and the parts that answer it
+``Part``        data, arms, seeds, and what is measured
+``Tuned``       an arm whose setting is chosen first: on the validation split, with seeds of its own
+``run_study``   runs what is not recorded yet
+``recorded``    what was found, if it was found by the code as it stands
+==============  =======================================================================================================
+
+With the rows stands where they came from: versions, processor, date, seconds, the checksum of the data. Each row holds
+the fingerprint of its arm (``fingerprints.py``); rows of other code, or of another declaration, are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from course_lib.lab import runtime
+from course_lib.lab.data import Dataset
+from course_lib.lab.experiments import Comparison, spread
+from course_lib.lab.fingerprints import fingerprint
+from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
+
+STUDIES = "course_lib.studies"  # the package with one module a chapter
+
+Arm = Callable[[Dataset, int], "float | Mapping[str, float]"]
+"""``(data, seed) -> number``, or several by name: whatever a recipe alone cannot say."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An arm with a setting to choose: ``candidates`` are trained with ``seeds``, and the best on average is the arm.
+
+    Best is the highest accuracy on the validation split; a candidate of which a run diverged is out.
+    """
+
+    candidates: Mapping[str, Recipe]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a study.
+
+    Attributes
+    ----------
+    title : what is compared, and on what, as a reader should see it.
+    data : makes the data set; called once in each process.
+    arms : a name -> a recipe, a ``Tuned`` choice among recipes, or a function of data and seed.
+    seeds : of the runs that are reported.
+    model : makes the network of arms that are recipes, which are measured by their test accuracy.
+    """
+
+    title: str
+    data: Callable[[], Dataset]
+    arms: Mapping[str, Recipe | Tuned | Arm]
+    seeds: tuple[int, ...]
+    model: Callable[[], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and its parts, by name."""
+
+    chapter: str
+    question: str
+    parts: Mapping[str, Part]
+
+
+class StudyOutdated(RuntimeError):
+    """What is recorded was found by other code than that which stands now, or is not whole."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm of a part (of a tuned arm, one candidate), with one seed."""
+
+    part: str
+    arm: str
+    candidate: str | None
+    seed: int
+    tuning: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.part, self.arm, self.candidate, self.seed, self.tuning
+
+
+@dataclass(frozen=True)
+class Recorded(Comparison):
+    """A comparison that was recorded. ``caption`` says at what scale, where and when; ``chosen`` what tuning chose."""
+
+    caption: str = ""
+    chosen: Mapping[str, str] | None = None
+
+    def table(self, baseline: str | None = None, digits: int = 3) -> Any:
+        """The comparison's table with the study's caption."""
+        return super().table(baseline, digits).set_caption(self.caption)
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def declared(chapter: str) -> Study:
+    """The study of a chapter (``"02"``).
+
+    Raises
+    ------
+    ValueError : the chapter has none.
+    """
+    name = f"{STUDIES}.chapter_{str(chapter).zfill(2)}"
+    try:
+        return importlib.import_module(name).STUDY
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(f"chapter={chapter!r}: there is no study of it ({name.replace('.', '/')}.py)") from None
+
+
+def run_study(study: Study, file: Path, *, workers: int | None = None, progress: bool | None = None) -> int:
+    """Run what ``file`` does not hold yet, and append it there; returns the number of new rows.
+
+    By default one process for each core, or one in all on a GPU. Choices are made when all their runs are there.
+    """
+    workers = workers or (runtime.usable_cores() if runtime.device().type == "cpu" else 1)
+    book = Book(file)
+    book.open_session(study, workers)
+    show = runtime.interactive() if progress is None else progress
+    new = 0
+    for jobs in (list(tuning_jobs(study)), None):
+        jobs = list(final_jobs(study, book.rows)) if jobs is None else jobs
+        done = {_key(row) for row in book.rows if row["fingerprint"] == arm_fingerprint(study, _job(row))}
+        left = [job for job in jobs if job.key not in done]
+        with tqdm(
+            total=len(jobs), initial=len(jobs) - len(left), disable=not show, desc=f"study {study.chapter}"
+        ) as bar:
+            work = [(study, job, arm_fingerprint(study, job)) for job in left]
+            for row in spread(run_job, work, workers, ordered=False) if work else ():
+                book.append(row)
+                new += 1
+                bar.update()
+    return new
+
+
+def tuning_jobs(study: Study) -> Iterator[Job]:
+    """The runs that choose."""
+    for name, part in study.parts.items():
+        for arm, what in part.arms.items():
+            if isinstance(what, Tuned):
+                for seed in what.seeds:
+                    yield from (Job(name, arm, candidate, seed, True) for candidate in what.candidates)
+
+
+def final_jobs(study: Study, rows: list[dict[str, Any]]) -> Iterator[Job]:
+    """The runs that are reported, with the candidates that tuning chose."""
+    for name, part in study.parts.items():
+        for seed in part.seeds:
+            for arm, what in part.arms.items():
+                candidate = chosen(study, name, arm, rows) if isinstance(what, Tuned) else None
+                yield Job(name, arm, candidate, seed, False)
+
+
+def chosen(study: Study, part: str, arm: str, rows: list[dict[str, Any]]) -> str:
+    """The candidate with the best mean over the tuning seeds.
+
+    Raises
+    ------
+    StudyOutdated : not all candidates were run, or every one diverged.
+    """
+    what = study.parts[part].arms[arm]
+    assert isinstance(what, Tuned)
+    means = {}
+    for candidate in what.candidates:
+        jobs = [Job(part, arm, candidate, seed, True) for seed in what.seeds]
+        values = [_value(study, job, rows) for job in jobs]
+        means[candidate] = float(np.mean([v["value"] if v["value"] is not None else -np.inf for v in values]))
+    best = max(means, key=lambda candidate: means[candidate])
+    if means[best] == -np.inf:
+        raise StudyOutdated(f"every candidate of {arm!r} diverged: {', '.join(what.candidates)}")
+    return best
+
+
+def run_job(study: Study, job: Job, identity: str) -> dict[str, Any]:
+    """One run, as the row that is recorded. ``value`` is None where it diverged."""
+    part, started = study.parts[job.part], time.perf_counter()
+    what, data = _what(study, job), _data(study.chapter, job.part, part.data)
+    row = {"part": job.part, "arm": job.arm, "candidate": job.candidate, "seed": job.seed, "tuning": job.tuning}
+    value: Any = None
+    first: dict[str, float] = {}
+    try:
+        if isinstance(what, Recipe):
+            assert part.model is not None, "an arm that is a recipe needs the part's model"
+            network = fresh(part.model, what, seed=job.seed)
+            history = fit(network, data, what, seed=job.seed, progress=False)
+            value = history["val_accuracy"][-1] if job.tuning else evaluate(network, data.test).accuracy
+            first = first_loss(history, data, what)
+        else:
+            value = what(data, job.seed)
+    except Diverged:
+        pass
+    value = dict(value) if isinstance(value, Mapping) else value
+    seconds = round(time.perf_counter() - started, 2)
+    return row | {"value": value, "seconds": seconds, "first_epoch": first, "fingerprint": identity}
+
+
+def first_loss(history: History, data: Dataset, recipe: Recipe) -> dict[str, float]:
+    """The mean training loss of the first epoch: what a test repeats, to see that the code still does the same."""
+    steps = recipe.steps(len(data.train))[0]
+    return {"mean_loss": float(np.mean(history.losses[:steps]))}
+
+
+def repeat_first_epoch(study: Study, job: Job) -> dict[str, float]:
+    """Train the first epoch of a recorded run once more; compare with the row's ``first_epoch``."""
+    part, what = study.parts[job.part], _what(study, job)
+    assert isinstance(what, Recipe)
+    assert part.model is not None
+    data = _data(study.chapter, job.part, part.data)
+    once = replace(what, validate_every=1, stop=lambda history: True)
+    return first_loss(
+        fit(fresh(part.model, once, seed=job.seed), data, once, seed=job.seed, progress=False), data, once
+    )
+
+
+def arm_fingerprint(study: Study, job: Job) -> str:
+    """What a run depends on, but for the contents of the data (their checksum stands with the session)."""
+    part = study.parts[job.part]
+    return fingerprint((_what(study, job), part.model, part.data, job.tuning))
+
+
+def _what(study: Study, job: Job) -> Recipe | Arm:
+    try:
+        what = study.parts[job.part].arms[job.arm]
+        if isinstance(what, Tuned):
+            return what.candidates[job.candidate or ""]
+    except KeyError as error:
+        raise StudyOutdated(
+            f"the study has no {error} any more, of which there are rows: run it into a new file"
+        ) from None
+    return what
+
+
+_loaded: dict[tuple[str, str], Dataset] = {}  # one data set a process: the last one asked for
+
+
+def _data(chapter: str, part: str, make: Callable[[], Dataset]) -> Dataset:
+    if (chapter, part) not in _loaded:
+        _loaded.clear()
+        _loaded[chapter, part] = make()
+    return _loaded[chapter, part]
+
+
+# --- The file ---------------------------------------------------------------------------------------------------------
+
+
+class Book:
+    """The rows of a study, one JSON line each, the sessions that made them among them.
+
+    A line is written whole and forced to disk. A kill can leave half a line at the end, which is cut off when the book
+    is opened to write; any other line that cannot be read is an error.
+
+    Raises
+    ------
+    StudyOutdated : a line in the middle cannot be read.
+    """
+
+    def __init__(self, file: Path, *, read_only: bool = False) -> None:
+        self.file = file
+        text = file.read_bytes() if file.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if text != whole and not read_only:
+            with open(file, "r+b") as stream:
+                stream.truncate(len(whole))
+        self.rows: list[dict[str, Any]] = []
+        self.sessions: list[dict[str, Any]] = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise StudyOutdated(f"{file.name}, line {number}, cannot be read: {error}") from None
+            (self.sessions if "session" in entry else self.rows).append(entry)
+
+    def open_session(self, study: Study, workers: int) -> None:
+        """Write down where the rows to come are made, if it is another place than that of the last ones."""
+        data = {name: fingerprint(part.data()) for name, part in study.parts.items()}
+        found = provenance() | {"workers": workers, "data": data}
+        last = self.sessions[-1] if self.sessions else {}
+        if {k: v for k, v in last.items() if k not in ("session", "date")} != found:
+            session = len(self.sessions) + 1
+            entry = {"session": session, "date": datetime.date.today().isoformat()} | found
+            self._write(entry)
+            self.sessions.append(entry)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a row, for good, before anything else happens."""
+        row = row | {"in": self.sessions[-1]["session"]}
+        self._write(row)
+        self.rows.append(row)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "ab") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, and what computes; each run uses one thread of a processor."""
+    machine = runtime.describe_machine()["this machine"]
+    where = machine["processor"] if runtime.device().type == "cpu" else machine["device"]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": where,
+        "threads": 1,
+    }
+
+
+def study_file(chapter: str) -> Path:
+    """Where a chapter's rows are: in the checkout, and so in git."""
+    root = runtime.checkout()
+    folder = root / "data" if root is not None else runtime.data_folder()
+    return folder / "studies" / f"chapter_{str(chapter).zfill(2)}.jsonl"
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def recorded(chapter: str, part: str | None = None, of: str | None = None) -> Recorded:
+    """What a study found: the values of its arms over seeds, on the test split.
+
+    Parameters
+    ----------
+    part : one of the study's parts; may be left out where there is only one.
+    of : where each run measured several numbers, which of them.
+
+    Raises
+    ------
+    ValueError : there is no such study, part or number.
+    StudyOutdated : the rows were found by other code, or some are missing: run the study again.
+    """
+    study = declared(chapter)
+    return read(study, study_file(study.chapter), part, of)
+
+
+def read(study: Study, file: Path, part: str | None = None, of: str | None = None) -> Recorded:
+    """``recorded`` for any study and file."""
+    if part is None and len(study.parts) == 1:
+        part = next(iter(study.parts))
+    if part is None or part not in study.parts:
+        raise ValueError(f"part={part!r}: the study has {', '.join(map(repr, study.parts))}")
+    book, declared_part = Book(file, read_only=True), study.parts[part]
+    jobs = list(final_jobs(replace(study, parts={part: declared_part}), book.rows))
+    values, used = {arm: np.full(len(declared_part.seeds), np.nan) for arm in declared_part.arms}, []
+    for job in jobs:
+        row = _value(study, job, book.rows)
+        used.append(row)
+        value = row["value"]
+        if isinstance(value, dict):
+            if of not in value:
+                raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, value))}; choose one")
+            value = value[of]
+        values[job.arm][declared_part.seeds.index(job.seed)] = np.nan if value is None else value
+    metric = "test accuracy" if of is None else of
+    choices = {job.arm: job.candidate for job in jobs if job.candidate}
+    caption = _caption(declared_part, book, [r for r in book.rows if r["part"] == part], used)
+    return Recorded(metric, declared_part.seeds, values, {}, {}, caption, choices)
+
+
+def _caption(part: Part, book: Book, rows: list[dict[str, Any]], used: list[dict[str, Any]]) -> str:
+    session = next(s for s in book.sessions if s["session"] == used[-1]["in"])
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return (
+        f"{part.title}: {len(part.seeds)} seeds; {len(rows)} runs, tuning included, in {hours:.1f} hours of one core "
+        f"({session['device']}, torch {session['torch']}, {session['date']}). Bold: the interval of the difference "
+        "excludes zero."
+    )
+
+
+def _value(study: Study, job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a run.
+
+    Raises
+    ------
+    StudyOutdated : there is none, or only of other code.
+    """
+    same = [row for row in rows if _key(row) == job.key]
+    again = f"run the study again (make study NB={study.chapter})"
+    if not same:
+        raise StudyOutdated(f"the run {job.key} of study {study.chapter} is not recorded: {again}")
+    expected = arm_fingerprint(study, job)
+    for row in same:
+        if row["fingerprint"] == expected:
+            return row
+    raise StudyOutdated(f"the run {job.key} of study {study.chapter} was recorded with other code: {again}")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return _job(row).key
+
+
+def _job(row: Mapping[str, Any]) -> Job:
+    return Job(row["part"], row["arm"], row["candidate"], row["seed"], row["tuning"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study of the chapter that the command line names."""
+    parser = argparse.ArgumentParser(description="Run a chapter's recorded study; what is recorded already is kept.")
+    parser.add_argument("chapter", help="a chapter's number, such as 02")
+    parser.add_argument("--workers", type=int, default=None, help="processes; default: one for each core, 1 on a GPU")
+    options = parser.parse_args(arguments)
+    try:
+        study = declared(options.chapter)
+        new = run_study(study, study_file(study.chapter), workers=options.workers)
+    except (ValueError, StudyOutdated) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"study {study.chapter}: {new} new runs; {study_file(study.chapter)}")
+    for name in study.parts:
+        print(f"\n{name}: {study.parts[name].title}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
