@@ -447,4 +447,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By the module's own name: the studies import it, and a class of __main__ would be another than theirs
+    sys.exit(importlib.import_module("course_lib.lab.studies").main())
