@@ -280,7 +280,7 @@ def spread(
     workers = min(workers, len(jobs))
     if workers == 1:
         for job in jobs:
-            with _one_thread():
+            with one_thread():
                 found = run(*job)
             yield found
         return
@@ -299,12 +299,13 @@ def spread(
 
 
 def _on_one_thread(run: Callable[..., Any], job: tuple[Any, ...]) -> Any:
-    with _one_thread():
+    with one_thread():
         return run(*job)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """One thread of the processor, and afterwards as many as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from course_lib.lab import runtime
 from course_lib.lab.data import Dataset
-from course_lib.lab.experiments import Comparison, spread
+from course_lib.lab.experiments import Comparison, one_thread, spread
 from course_lib.lab.fingerprints import fingerprint
 from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
 
@@ -239,9 +239,9 @@ def repeat_first_epoch(study: Study, job: Job) -> dict[str, float]:
     assert part.model is not None
     data = _data(study.chapter, job.part, part.data)
     once = replace(what, validate_every=1, stop=lambda history: True)
-    return first_loss(
-        fit(fresh(part.model, once, seed=job.seed), data, once, seed=job.seed, progress=False), data, once
-    )
+    with one_thread():
+        history = fit(fresh(part.model, once, seed=job.seed), data, once, seed=job.seed, progress=False)
+    return first_loss(history, data, once)
 
 
 def arm_fingerprint(study: Study, job: Job) -> str:

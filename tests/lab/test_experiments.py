@@ -1,7 +1,14 @@
 """Comparisons: intervals against an independent reference, pairing, and arms that share their seeds."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +16,12 @@ import torch
 from scipy import stats
 from torch import nn
 
-from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
+from course_lib.lab.experiments import Comparison, Interval, Reach, compare, mean_interval
 from course_lib.lab.training import Diverged, History, fit
+from course_lib.proving.leftovers import Traces
 from tests.lab.test_training import RECIPE, blobs, network, weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +157,137 @@ def test_unknown_arm_is_named():
     measured = compare({"a": partial(float)}, seeds=2)
     with pytest.raises(ValueError, match="arm='b'.*'a'"):
         measured.interval("b")
+
+
+# --- on all cores -----------------------------------------------------------------------------------------------------
+
+
+def wide() -> nn.Module:
+    """Wide enough that its products are cut differently among one thread and two."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 3))
+
+
+def test_workers_change_no_bit_whatever_the_threads_of_this_process():
+    arms = {"a": RECIPE, "b": replace(RECIPE, batch_size=32), "by hand": lambda seed: seed + torch.get_num_threads()}
+    one, two = (compare(arms, model=wide, data=blobs(), seeds=[3, 5], workers=w, metric="val_loss") for w in (1, 2))
+    for arm in arms:
+        assert one.values[arm].tolist() == two.values[arm].tolist()
+        assert [h.losses for h in one.histories[arm]] == [h.losses for h in two.histories[arm]]
+    assert one.values["by hand"].tolist() == [4, 6]  # each run has one thread
+
+
+def test_the_threads_of_this_process_are_as_before():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        compare({"a": lambda seed: 1.0}, seeds=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_names_its_arm_and_seed(workers):
+    def breaks(seed: int) -> float:
+        if seed == 7:
+            raise KeyError("a key of mine")
+        return 0.0
+
+    with pytest.raises(KeyError, match="a key of mine") as caught:
+        compare({"good": float, "bad": breaks}, seeds=[6, 7], workers=workers)
+    assert caught.value.__notes__ == ["This happened in the arm 'bad', with seed 7."]
+
+
+PROGRAM = """
+    import os, sys, time
+    from course_lib.lab.experiments import compare
+    def slow(seed, folder=sys.argv[1]):
+        open(f"{folder}/{os.getpid()}", "w").close()
+        time.sleep(600)
+    compare({"slow": slow}, seeds=4, workers=2)
+"""
+
+
+def test_ctrl_c_ends_every_worker(tmp_path):
+    traces = Traces()
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | traces.environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    left = traces.left()
+    traces.clear()
+    assert "KeyboardInterrupt" in said
+    assert not left
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "two"])
+def test_a_bad_number_of_workers_is_named(workers):
+    with pytest.raises(ValueError, match=f"workers={workers!r}: must be a whole number of at least 1"):
+        compare({"a": float}, seeds=2, workers=workers)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_any_function_of_the_trained_network_is_a_metric():
+    def largest_weight(model: nn.Module, data) -> float:
+        assert len(data.test) == 67
+        return max(p.abs().max().item() for p in model.parameters())
+
+    measured = compare({"a": RECIPE}, model=lambda: network(1), data=blobs(), seeds=2, metric=largest_weight)
+    net = network(1)
+    fit(net, blobs(), RECIPE, seed=0)
+    assert measured.values["a"][0] == pytest.approx(max(p.abs().max().item() for p in net.parameters()), rel=1e-5)
+    assert measured.metric == "largest weight"
+    with pytest.raises(ValueError, match="needs the trained network"):
+        compare({"a": lambda seed: History([{"epoch": 1}])}, seeds=2, metric=largest_weight)
+
+
+def test_another_column_of_the_same_runs():
+    recipe = replace(RECIPE, watch={"twice": lambda model, data: 2.0})
+    measured = compare({"a": recipe}, model=lambda: network(1), data=blobs(), seeds=2)
+    assert measured.by("twice").values["a"].tolist() == [2.0, 2.0]
+    assert measured.by("val_loss").values["a"][1] == measured.histories["a"][1]["val_loss"][-1]
+    with pytest.raises(ValueError, match="not every run of 'b' has a history"):
+        compare({"b": float}, seeds=2).by("val_loss")
+
+
+def run_of(accuracies: list[float]) -> History:
+    rows = [{"epoch": k, "val_accuracy": a, "examples": 100.0 * k, "seconds": 2.0} for k, a in enumerate(accuracies, 1)]
+    return History(rows)
+
+
+@pytest.mark.parametrize(("cost", "spent"), [("examples", 300), ("seconds", 6), ("epoch", 3)])
+def test_what_it_costs_to_reach_a_target(cost, spent):
+    reach = Reach(0.9, cost=cost)
+    assert reach(run_of([0.1, 0.85, 0.9, 0.7])) == (spent, True)
+    assert reach(run_of([0.1, 0.2, 0.3])) == (spent, False)
+    falling = History([{"epoch": 1, "val_loss": 0.5}, {"epoch": 2, "val_loss": 0.1}])
+    assert Reach(0.2, column="val_loss", cost="epoch")(falling) == (2, True)
+
+
+def test_a_target_that_was_not_reached_leaves_the_interval_open():
+    runs = {"quick": [0.95, 0.95], "slow": [0.1, 0.95], "never": [0.1, 0.2]}
+    arms = {name: lambda seed, accuracies=accuracies: run_of(accuracies) for name, accuracies in runs.items()}
+    measured = compare(arms, seeds=2, metric=Reach(0.9))
+    assert measured.metric == "examples to val accuracy 0.9"
+    assert measured.interval("quick").high == 100
+    assert measured.censored["never"].tolist() == [True, True]
+    assert measured.interval("never").high == np.inf
+    assert measured.difference("never", "slow").high == np.inf
+    assert measured.difference("slow", "never").low == -np.inf
+    assert measured.difference("slow", "never").high != np.inf
+    html = measured.table().to_html()
+    assert "&gt; " in html or "> " in html
+    assert "not reached" in html
+
+
+def test_an_unknown_cost_is_named():
+    with pytest.raises(ValueError, match="cost='steps': must be 'examples', 'seconds' or 'epoch'"):
+        Reach(0.9, cost="steps")

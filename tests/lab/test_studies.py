@@ -1,0 +1,167 @@
+"""Recorded studies: run once, to a file that survives every kill, and believed only while the code is the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from course_lib.lab import studies
+from course_lib.lab.experiments import mean_interval
+from course_lib.lab.studies import Book, Job, StudyOutdated, chosen, declared, read, repeat_first_epoch, run_study
+from course_lib.lab.training import evaluate, fit, fresh
+from tests.lab.small_study import RUNS, STUDY, recipe
+from tests.lab.test_training import blobs, network
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    file = tmp_path_factory.mktemp("studies") / "whole.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_DEVICE", "cpu")
+        assert run_study(STUDY, file, workers=1) == RUNS
+    return file
+
+
+def found_in(file: Path) -> list[dict]:
+    """The rows without what differs from run to run, in an order that does not depend on which came first."""
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "in")} for row in Book(file, read_only=True).rows]
+    return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def test_a_study_is_a_comparison_of_its_test_accuracies(undisturbed):
+    found = read(STUDY, undisturbed, "recipes")
+    accuracies = []
+    for seed in (0, 1):
+        model = fresh(network, recipe(0.1), seed=seed)
+        fit(model, blobs(), recipe(0.1), seed=seed)
+        accuracies.append(evaluate(model, blobs().test).accuracy)
+    assert found.values["plain"].tolist() == accuracies
+    assert found.interval("plain") == mean_interval(accuracies)
+    assert np.isnan(found.values["hopeless"]).all()
+    assert found.frame().loc["hopeless", "diverged"] == 2
+    assert "Blobs, 2 epochs: 2 seeds; 10 runs, tuning included" in found.table().to_html()
+    assert torch.__version__ in found.caption
+
+
+def test_tuning_chooses_by_the_validation_split_with_seeds_of_its_own(undisturbed):
+    found, rows = read(STUDY, undisturbed, "recipes"), Book(undisturbed, read_only=True).rows
+    tuning = [row for row in rows if row["tuning"]]
+    assert {row["seed"] for row in tuning} == {10, 11}
+    means = {c: np.mean([r["value"] for r in tuning if r["candidate"] == c]) for c in ("lr 0.001", "lr 0.3")}
+    assert found.chosen == {"tuned": max(means, key=means.get)} == {"tuned": "lr 0.3"}
+    model = fresh(network, recipe(0.3), seed=10)
+    history = fit(model, blobs(), recipe(0.3), seed=10)
+    (row,) = (row for row in tuning if row["candidate"] == "lr 0.3" and row["seed"] == 10)
+    assert row["value"] == history["val_accuracy"][-1]
+    lost = [row | {"value": None} if row["candidate"] == "lr 0.3" and row["seed"] == 10 else row for row in rows]
+    assert chosen(STUDY, "recipes", "tuned", lost) == "lr 0.001"  # one run diverged: the candidate is out
+
+
+def test_a_run_may_measure_several_numbers(undisturbed):
+    assert read(STUDY, undisturbed, "functions", of="seed").values["several"].tolist() == [0, 1]
+    assert read(STUDY, undisturbed, "functions", of="size").metric == "size"
+    with pytest.raises(ValueError, match="of=None: each run measured 'size', 'seed'; choose one"):
+        read(STUDY, undisturbed, "functions")
+    with pytest.raises(ValueError, match="part='other': the study has 'recipes', 'functions'"):
+        read(STUDY, undisturbed, "other")
+
+
+def test_a_second_call_runs_nothing(undisturbed):
+    before = undisturbed.read_bytes()
+    assert run_study(STUDY, undisturbed, workers=1) == 0
+    assert undisturbed.read_bytes() == before
+
+
+def test_rows_know_where_they_come_from(undisturbed):
+    (session,) = Book(undisturbed, read_only=True).sessions
+    assert session["torch"] == torch.__version__
+    assert set(session["data"]) == {"recipes", "functions"}
+    assert {"date", "python", "numpy", "system", "device", "threads", "workers"} <= set(session)
+    text = undisturbed.read_text()
+    assert str(ROOT) not in text
+    assert all(row["in"] == 1 and row["seconds"] >= 0 for row in Book(undisturbed, read_only=True).rows)
+
+
+@pytest.mark.parametrize(("moment", "number"), [("run", 5), ("write", 1), ("write", 4)])
+def test_a_kill_loses_at_most_the_run_under_way(tmp_path, undisturbed, moment, number):
+    file = tmp_path / "study.jsonl"
+    command = [sys.executable, "-m", "tests.lab.small_study", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COURSE_DEVICE": "cpu"}
+    killed = subprocess.run([*command, moment, str(number)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    survived = file.read_bytes()
+    whole = survived[: survived.rfind(b"\n") + 1]
+    if moment == "write":
+        assert survived != whole or number == 1
+        assert len(whole.splitlines()) == number - 1
+    again = subprocess.run([*command, "never", "0"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert file.read_bytes().startswith(whole)  # what was there was kept, not run again
+    assert found_in(file) == found_in(undisturbed)
+
+
+def test_workers_find_the_same(tmp_path, undisturbed):
+    file = tmp_path / "study.jsonl"
+    assert run_study(STUDY, file, workers=2) == RUNS
+    assert found_in(file) == found_in(undisturbed)
+
+
+def test_other_code_is_refused_and_only_what_changed_is_run_again(tmp_path, undisturbed):
+    file = tmp_path / "study.jsonl"
+    file.write_bytes(undisturbed.read_bytes())
+    part = STUDY.parts["recipes"]
+    changed = replace(STUDY, parts=STUDY.parts | {"recipes": replace(part, arms=part.arms | {"plain": recipe(0.2)})})
+    with pytest.raises(StudyOutdated, match=r"'plain'.*was recorded with other code: run the study again .*NB=99"):
+        read(changed, file, "recipes")
+    assert read(changed, file, "functions", of="seed").values["several"].tolist() == [0, 1]
+    assert run_study(changed, file, workers=1) == 2
+    assert read(changed, file, "recipes").values["plain"].shape == (2,)
+
+
+def test_a_missing_seed_is_refused(undisturbed):
+    part = STUDY.parts["recipes"]
+    more = replace(STUDY, parts={"recipes": replace(part, seeds=(0, 1, 2))})
+    with pytest.raises(StudyOutdated, match=r"2, False\) of study 99 is not recorded"):
+        read(more, undisturbed, "recipes")
+
+
+def test_a_line_in_the_middle_that_cannot_be_read_is_named(tmp_path, undisturbed):
+    lines = undisturbed.read_bytes().splitlines(keepends=True)
+    file = tmp_path / "study.jsonl"
+    file.write_bytes(b"".join([*lines[:3], b'{"part": "rec\n', *lines[3:]]))
+    with pytest.raises(StudyOutdated, match=r"study\.jsonl, line 4, cannot be read"):
+        read(STUDY, file, "recipes")
+
+
+def test_the_first_epoch_can_be_repeated(undisturbed):
+    rows = Book(undisturbed, read_only=True).rows
+    (row,) = (r for r in rows if r["arm"] == "plain" and r["seed"] == 1)
+    assert repeat_first_epoch(STUDY, Job("recipes", "plain", None, 1, False)) == row["first_epoch"]
+    part = STUDY.parts["recipes"]
+    other = replace(STUDY, parts={"recipes": replace(part, arms={"plain": recipe(0.2)}, model=partial(network, 1))})
+    assert repeat_first_epoch(other, Job("recipes", "plain", None, 1, False)) != row["first_epoch"]
+
+
+def test_a_chapter_without_a_study_is_named():
+    with pytest.raises(ValueError, match="chapter='77': there is no study of it"):
+        declared("77")
+
+
+def test_the_command_line_names_what_is_wrong(capsys):
+    assert studies.main(["77"]) == 2
+    assert "chapter='77'" in capsys.readouterr().err

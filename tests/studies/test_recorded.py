@@ -1,0 +1,77 @@
+"""Each recorded study was found by the code as it stands, and its first epochs can be repeated where the data are."""
+
+import pytest
+
+from course_lib.lab.data import DataUnavailable
+from course_lib.lab.fingerprints import fingerprint
+from course_lib.lab.studies import (
+    Book,
+    Job,
+    Tuned,
+    arm_fingerprint,
+    declared,
+    final_jobs,
+    read,
+    repeat_first_epoch,
+    study_file,
+    tuning_jobs,
+)
+from course_lib.lab.training import Recipe
+
+CHAPTERS = ("02", "08")
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_run_is_recorded_and_by_this_code(chapter):
+    study, file = declared(chapter), study_file(chapter)
+    rows = Book(file, read_only=True).rows
+    recorded = {(Job(r["part"], r["arm"], r["candidate"], r["seed"], r["tuning"]), r["fingerprint"]) for r in rows}
+    for job in (*tuning_jobs(study), *final_jobs(study, rows)):
+        assert (job, arm_fingerprint(study, job)) in recorded, job
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_numbers_are_numbers(chapter):
+    study = declared(chapter)
+    for name, part in study.parts.items():
+        rows = [row for row in Book(study_file(chapter), read_only=True).rows if row["part"] == name]
+        several = next((list(row["value"]) for row in rows if isinstance(row["value"], dict)), [None])
+        found = read(study, study_file(chapter), name, next(iter(several)))
+        assert set(found.values) <= set(part.arms)
+        assert len(part.seeds) >= 5
+
+
+@pytest.fixture
+def data_at_hand(monkeypatch):
+    """The study's data from the data folder; on a machine without them the test is skipped."""
+
+    def load(part):
+        try:
+            return part.data()
+        except DataUnavailable as error:
+            pytest.skip(f"the data are not here: {str(error).splitlines()[0]}")
+
+    return load
+
+
+@pytest.mark.parametrize("part", ["mnist", "cifar10"])
+def test_a_first_epoch_of_chapter_2_is_repeated(part, data_at_hand, monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    monkeypatch.setattr("course_lib.lab.data.loading.read_real", offline)
+    study, book = declared("02"), Book(study_file("02"), read_only=True)
+    data = data_at_hand(study.parts[part])
+    assert fingerprint(data) == book.sessions[-1]["data"][part]
+    (row, *_) = (r for r in book.rows if r["part"] == part and not r["tuning"] and r["arm"] == "momentum")
+    what = study.parts[part].arms["momentum"]
+    assert isinstance(what, Tuned)
+    assert isinstance(what.candidates[row["candidate"]], Recipe)
+    again = repeat_first_epoch(study, Job(part, "momentum", row["candidate"], row["seed"], False))
+    assert again["mean_loss"] == pytest.approx(row["first_epoch"]["mean_loss"], rel=0.01)
+
+
+def offline(name, folder):
+    from course_lib.lab.data import downloads
+
+    if not downloads._complete(name, folder):
+        raise DataUnavailable(f"{name} is not in the data folder, and a test downloads nothing")
+    return downloads.read_real(name, folder)
