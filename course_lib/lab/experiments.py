@@ -72,9 +72,7 @@ def mean_interval(values: Iterable[float], confidence: float = 0.95) -> Interval
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: must lie strictly between 0 and 1")
     mean = float(values.mean())
-    from scipy.special import stdtrit  # Student's quantile; scipy.stats would cost half a second at each import
-
-    reach = float(stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / np.sqrt(len(values)))
+    reach = float(plotting.students_t(len(values) - 1, confidence) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(mean, mean - reach, mean + reach, len(values))
 
 

@@ -19,6 +19,8 @@ of the default state for every reader without one, and the picture's content for
 ``show(lr=0.1)``, it is a plain function that returns the figure.
 """
 
+from __future__ import annotations
+
 import html
 import inspect
 import io
@@ -29,14 +31,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+if TYPE_CHECKING:
+    import ipywidgets  # where a widget is made, and only there: it brings half of IPython along
 
 C = TypeVar("C", bound="Control")
 
@@ -80,6 +84,8 @@ class Choice:
         raise ValueError
 
     def widget(self) -> ipywidgets.ValueWidget:
+        import ipywidgets
+
         options = [(str(option), option) for option in self.options]
         return ipywidgets.Dropdown(description=self.label, options=options, value=self.value, **_wide_label())
 
@@ -112,6 +118,8 @@ class Slider:
         return int(number)
 
     def widget(self) -> ipywidgets.ValueWidget:
+        import ipywidgets
+
         kind = ipywidgets.IntSlider if self.whole else ipywidgets.FloatSlider
         return kind(
             description=self.label, min=self.low, max=self.high, step=self.step, value=self.value,
@@ -137,6 +145,8 @@ class LogSlider:
         return _number(value, self.low, self.high)
 
     def widget(self) -> ipywidgets.ValueWidget:
+        import ipywidgets
+
         return ipywidgets.FloatLogSlider(
             description=self.label, base=10, min=math.log10(self.low), max=math.log10(self.high),
             step=1 / self.per_decade, value=self.value, readout_format=".2g", continuous_update=False, **_wide_label(),
@@ -169,7 +179,7 @@ def log_slider(label: str, low: float, high: float, value: float, *, per_decade:
     return _starting_inside(LogSlider(label, low, high, value, per_decade))
 
 
-def explorer(draw: Callable[..., Figure], **controls: Control) -> "Explorer":
+def explorer(draw: Callable[..., Figure], **controls: Control) -> Explorer:
     """Tie ``controls`` to ``draw(**values) -> Figure``: displayed, a live widget; called, a plain function.
 
     The default state is drawn at once, so that a mistake in ``draw`` stops the cell that makes the explorer.
@@ -217,6 +227,8 @@ class Explorer:
     @cached_property
     def widget(self) -> ipywidgets.VBox:
         """The live widget: the controls in a row, a line for messages, and the picture."""
+        import ipywidgets
+
         inputs = {name: control.widget() for name, control in self.controls.items()}
         image = ipywidgets.Image(value=self._png, format="png", layout={"max_width": "100%"})
         message = ipywidgets.HTML()

@@ -266,3 +266,11 @@ def test_the_gpu_is_found_and_works() -> None:
     assert runtime.device().type == "cuda"
     assert "GiB" in runtime.describe_machine().loc["device", "this machine"]
     assert runtime._check_torch().ok
+
+
+def test_importing_the_laboratory_imports_nothing_heavy_that_it_may_not_need() -> None:
+    """Each kernel and each test worker pays for it: half a second for one quantile, once."""
+    heavy = {"scipy", "scipy.stats", "sklearn", "torchvision", "ipywidgets", "IPython", "jinja2", "joblib", "nbformat"}
+    script = "import sys, course_lib.lab; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not heavy & set(done.stdout.split())
