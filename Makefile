@@ -9,12 +9,13 @@ PYTHON  ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 pytho
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
 PORT    ?= 8888
 BROWSER ?= yes
 FIRST   := /lab/tree/notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run bench clean
+.PHONY: help lab test run reset study bench clean
 .SILENT:
 
 help:  ## list these targets
@@ -30,13 +31,19 @@ lab: $(STAMP)  ## open the course in JupyterLab (PORT=8888; BROWSER=no on a serv
 	exec $(BIN)/jupyter lab --port=$(PORT) --ServerApp.port_retries=0 --log-level=WARN $$root \
 		$(if $(filter no,$(BROWSER)),--no-browser) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(FIRST)
 
-test: $(STAMP)  ## run everything: lint, types, unit tests, each notebook and its plots
+test: $(DEV)  ## run everything: lint, types, unit tests, each notebook and its plots
 	$(BIN)/python -m pytest
 
 run: $(STAMP)  ## execute one chapter in place (NB=02), or all of them
 	$(BIN)/python -m course_lib.proving.run_notebook $(NB)
 
-bench: $(STAMP)  ## measure what the course promises about speed, as ratios
+reset: $(STAMP)  ## give a chapter back as it was (NB=02); the edited one is kept beside it
+	$(BIN)/python -m course_lib.lab.reset $(NB)
+
+study: $(STAMP)  ## run the recorded study of a chapter (NB=02), or go on with it
+	$(BIN)/python -m course_lib.lab.studies $(NB)
+
+bench: $(DEV)  ## measure what the course promises about speed, as ratios
 	$(BIN)/python -m tests.benchmarks
 
 clean:  ## remove .venv and what tests and tools left behind (data sets stay)
@@ -59,3 +66,9 @@ $(STAMP): requirements.txt pyproject.toml
 	[ -t 1 ] || quiet=--quiet; \
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements.txt
 	touch $(STAMP)
+
+# What tests and benchmarks need besides
+$(DEV): requirements-dev.txt $(STAMP)
+	[ -t 1 ] || quiet=--quiet; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $(DEV)

@@ -14,16 +14,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from course_lib.lab.chapters import CHAPTERS, MODULES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_lib"
 
 # One module a chapter, chapters 1 to 15 in order; 0, 16 and 17 teach no technique of their own
-TECHNIQUES = (
-    *("preprocessing", "optimizers", "schedules", "batching", "regularization", "early_stopping", "parallel"),
-    *("pruning", "distillation", "partitioning", "compression", "merging", "transfer", "fusion", "efficiency"),
-)
+TECHNIQUES = MODULES
 SHARED = {"lab", "proving", "checks", "studies", "_torchvision_mend"}
-NOTEBOOKS = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.name[:3] != "my_"}
 
 
 # Lint and types
@@ -125,13 +124,15 @@ def test_techniques_import_each_other_in_no_circle() -> None:
 # Pins
 
 
-def pins() -> dict[str, str]:
-    """Package to version, as requirements.txt has them."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+def pins(*files: str) -> dict[str, str]:
+    """Package to version, as the files have them (by default requirements.txt, what a learner needs)."""
+    files = files or ("requirements.txt",)
+    lines = [line for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
     bare = [line.partition("#")[0].strip() for line in lines]
-    wanted = [line for line in bare if line and line != "-e ."]  # the course itself has no version to pin
+    # the course itself has no version to pin
+    wanted = [line for line in bare if line and line not in ("-e .", "-r requirements.txt")]
     loose = [line for line in wanted if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)]
-    assert not loose, f"requirements.txt must pin exact versions (name==1.2.3), got {loose}"
+    assert not loose, f"{' and '.join(files)} must pin exact versions (name==1.2.3), got {loose}"
     return {canonical(name): version for name, version in (line.split("==") for line in wanted)}
 
 
@@ -140,7 +141,7 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_pinned() -> None:
-    distributions, pinned = metadata.packages_distributions(), pins()
+    distributions, pinned = metadata.packages_distributions(), pins("requirements.txt", "requirements-dev.txt")
     own = {"course_lib", "tests", *(path.stem for path in modules(ROOT / "tests"))}
     wrong = set()
     for path in (*modules(), *modules(ROOT / "tests")):
@@ -149,7 +150,7 @@ def test_every_import_is_pinned() -> None:
             if top in own or top in sys.stdlib_module_names:
                 continue
             if not {canonical(d) for d in distributions.get(top, [])} & pinned.keys():
-                wrong.add(f"{path.relative_to(ROOT)}:{line} imports {top}, which requirements.txt does not pin")
+                wrong.add(f"{path.relative_to(ROOT)}:{line} imports {top}, which no requirements file pins")
     assert not wrong, "\n".join(sorted(wrong))
 
 
@@ -168,6 +169,14 @@ def test_what_course_lib_imports_is_declared() -> None:
     assert declared <= pins().keys(), f"declared but not pinned: {declared - pins().keys()}"
 
 
+def test_a_learner_installs_no_tools_of_authors() -> None:
+    """What tests and benchmarks need besides stands in requirements-dev.txt, which begins with the learner's."""
+    dev = pins("requirements-dev.txt")
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert {"pytest", "ruff", "mypy", "nbval", "psutil", "torch-pruning"} <= dev.keys()
+    assert not dev.keys() & pins().keys()
+
+
 def test_conda_gets_the_same() -> None:
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     assert "- -r requirements.txt" in text
@@ -179,13 +188,10 @@ def test_conda_gets_the_same() -> None:
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_has_its_module_and_its_tests(name: str) -> None:
-    assert re.fullmatch(r"(0\d|1[0-7])_[a-z_]+\.ipynb", name), f"{name} should be NN_name.ipynb, NN from 00 to 17"
-    number = int(name[:2])
-    twins = [other for other in NOTEBOOKS if other[:2] == name[:2]]
-    assert len(twins) == 1, f"one notebook a chapter, but there are {twins}"
-    if 1 <= number <= len(TECHNIQUES):
-        module = TECHNIQUES[number - 1]
-        assert technique_files(module), f"{name} teaches course_lib/{module}.py (or the package {module}/), not there"
+    chapter = next((chapter for chapter in CHAPTERS if chapter.file == name), None)
+    assert chapter, f"{name} is no chapter's notebook; those are {', '.join(c.file for c in CHAPTERS)}"
+    if chapter.module:
+        assert technique_files(chapter.module), f"{name} teaches course_lib/{chapter.module}, which is not there"
     cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
     if any(re.search(r"\bcheck\(['\"]\d\d\.\d", cell.source) for cell in cells if cell.cell_type == "code"):
         assert (PACKAGE / "checks" / f"chapter_{name[:2]}.py").is_file(), f"{name} uses check(): its checks are missing"
@@ -260,12 +266,13 @@ def make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A checkout whose environment has been made: each command there only writes down how it was called."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
     for name in ("python", "pip", "jupyter"):
         script(tmp_path / ".venv" / "bin" / name, f'echo "{name} $@"')
     (tmp_path / ".venv" / ".installed").touch()
+    (tmp_path / ".venv" / ".installed-dev").touch()
     return tmp_path
 
 
@@ -285,7 +292,7 @@ def test_help_lists_every_target() -> None:
     assert declared is not None
     assert re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE) == declared[1].split()
     assert make(ROOT, "help").stdout == done.stdout, "help is what plain `make` does"
-    assert {"lab", "test", "run", "bench", "clean", "help"} == set(declared[1].split())
+    assert {"lab", "test", "run", "reset", "study", "bench", "clean", "help"} == set(declared[1].split())
 
 
 @needs_make
@@ -295,6 +302,8 @@ def test_a_second_call_installs_nothing(installed: Path) -> None:
     assert make(installed, "bench").stdout == "python -m tests.benchmarks\n"
     assert make(installed, "run", "NB=02").stdout == "python -m course_lib.proving.run_notebook 02\n"
     assert make(installed, "run").stdout == "python -m course_lib.proving.run_notebook\n"
+    assert make(installed, "reset", "NB=02").stdout == "python -m course_lib.lab.reset 02\n"
+    assert make(installed, "study", "NB=02").stdout == "python -m course_lib.lab.studies 02\n"
 
 
 @needs_make
@@ -362,7 +371,7 @@ def test_clean_keeps_the_data(installed: Path) -> None:
     (installed / "course_lib" / "__pycache__").mkdir(parents=True)
     assert make(installed, "clean").returncode == 0
     assert sorted(path.name for path in installed.iterdir()) == [
-        *("Makefile", "course_lib", "data", "pyproject.toml", "requirements.txt")
+        *("Makefile", "course_lib", "data", "pyproject.toml", "requirements-dev.txt", "requirements.txt")
     ]
     assert (installed / "data" / "mnist.bin").exists()
     assert not any((installed / "course_lib").iterdir())
@@ -391,7 +400,7 @@ def test_the_build_server_runs_make_test(tmp_path: Path, shared: bool) -> None:
 
 
 def test_a_missing_package_is_named_with_the_command_that_mends_it() -> None:
-    hide = "import sys; sys.modules['scipy'] = None; sys.modules['scipy.stats'] = None; import course_lib.lab"
+    hide = "import sys; sys.modules['tqdm'] = None; sys.modules['tqdm.auto'] = None; import course_lib.lab"
     found = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode != 0
-    assert re.search(r"scipy.* is not installed\. Run 'pip install -r requirements\.txt'", found.stderr)
+    assert re.search(r"tqdm.* is not installed\. Run 'pip install -r requirements\.txt'", found.stderr)

@@ -20,6 +20,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from course_lib.lab import chapters
+from course_lib.lab.chapters import CHAPTERS, of_slot
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = (
     "-",
@@ -213,16 +216,16 @@ def path(points: np.ndarray, *, ax: Axes, name: str, index: int = 0) -> None:
     ax.plot(*points[-1], MARKERS[index % len(MARKERS)], color=colour, markersize=7, markeredgecolor="white", label="_")
 
 
-# name -> centre (x, y), what it decides, its chapters
-SLOTS: dict[str, tuple[tuple[float, float], str, str]] = {
-    "data": ((1.0, 2.9), "what the\nnetwork sees", "1"),
-    "batch": ((3.1, 2.9), "how many examples\nmake a gradient", "4"),
-    "model": ((5.2, 2.9), "the network\nitself", "8, 11–14"),
-    "objective": ((7.3, 2.9), "what is\nminimised", "5, 9"),
-    "optimizer": ((7.3, 1.4), "how a gradient\nbecomes a step", "2"),
-    "schedule": ((9.4, 1.4), "how large the\nstep is, when", "3"),
-    "stopping": ((1.0, 1.4), "when it is over", "6"),
-    "execution": ((5.2, 0.4), "on what it runs", "7, 10, 15"),
+# name -> centre (x, y), what it decides
+SLOTS: dict[str, tuple[tuple[float, float], str]] = {
+    "data": ((1.0, 2.9), "what the\nnetwork sees"),
+    "batch": ((3.1, 2.9), "how many examples\nmake a gradient"),
+    "model": ((5.2, 2.9), "the network\nitself"),
+    "objective": ((7.3, 2.9), "what is\nminimised"),
+    "optimizer": ((7.3, 1.4), "how a gradient\nbecomes a step"),
+    "schedule": ((9.4, 1.4), "how large the\nstep is, when"),
+    "stopping": ((1.0, 1.4), "when it is over"),
+    "execution": ((5.2, 0.4), "on what it runs"),
 }
 _FLOW = (("data", "batch"), ("batch", "model"), ("model", "objective"), ("objective", "optimizer"),
          ("schedule", "optimizer"), ("optimizer", "stopping"), ("stopping", "data"))  # fmt: skip
@@ -240,10 +243,11 @@ def slot_map(*lit: str) -> Figure:
         if name not in SLOTS:
             raise ValueError(f"lit={name!r}: the slots are {', '.join(SLOTS)}")
     fig, ax = plt.subplots(figsize=(8.6, 3.1))
-    for name, (centre, decides, chapters) in SLOTS.items():
-        word = "chapters" if any(mark in chapters for mark in ",–") else "chapter"
+    for name, (centre, decides) in SLOTS.items():
+        numbers = of_slot(name)
+        word = "chapters" if len(numbers) > 1 else "chapter"
         draw = _bar_below_all if name == "execution" else _slot_box
-        draw(ax, centre, name, decides, f"{word} {chapters}", lit=name in lit)
+        draw(ax, centre, name, decides, f"{word} {_in_runs(numbers)}", lit=name in lit)
     for start, end in _FLOW:
         ax.add_patch(_arrow(SLOTS[start][0], SLOTS[end][0]))
     # The inner loop closes: what goes back from the optimizer turns up to the next batch, until the epoch is over
@@ -259,6 +263,17 @@ def slot_map(*lit: str) -> Figure:
     what = f"this chapter changes the slot “{where}”" if lit else "one slot for each kind of technique"
     ax.set_title(f"The training loop: {what}", fontsize=11)
     return fig
+
+
+def _in_runs(numbers: Sequence[int]) -> str:
+    """8, 11, 12, 13, 14 as "8, 11–14"; two in a row stay two."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _slot_box(ax: Axes, centre: tuple[float, float], name: str, decides: str, chapters: str, *, lit: bool) -> None:
@@ -301,30 +316,8 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> FancyArrowPa
     return FancyArrowPatch(tail, head, **_ARROW)
 
 
-# number -> short title, the slot it changes ("" where it is about the whole loop), where it stands (column, row)
-CHAPTERS: dict[int, tuple[str, str, tuple[float, float]]] = {
-    0: ("start here", "", (0, 2.5)),
-    1: ("data\npreprocessing", "data", (1, 4.5)),
-    2: ("optimizers", "optimizer", (1, 2)),
-    3: ("learning rate", "schedule", (2, 2)),
-    4: ("batch size", "batch", (3, 3)),
-    5: ("regularization", "objective", (2, 4.5)),
-    6: ("early stopping", "stopping", (3, 5)),
-    7: ("parallel\ntraining", "execution", (4, 3)),
-    8: ("pruning", "model", (3, 2)),
-    9: ("distillation", "objective", (3, 4)),
-    10: ("model\npartitioning", "execution", (5, 3)),
-    11: ("compression", "model", (4, 2)),
-    12: ("model\nmerging", "model", (3, 1)),
-    13: ("transfer", "model", (3, 0)),
-    14: ("fusion", "model", (4, 1)),
-    15: ("model\noptimization", "execution", (5, 2)),
-    16: ("capstone", "", (6, 3)),
-    17: ("trends, open\nquestions, FAQ", "", (6, 2)),
-}
-# (a, b): read a before b. What follows from two arrows is not drawn, nor that 16 and 17 stand on all of the others.
-NEEDS = ((0, 1), (0, 2), (1, 5), (2, 5), (2, 3), (3, 4), (3, 8), (3, 12), (3, 13), (5, 6), (5, 9), (4, 7), (7, 10),
-         (8, 11), (11, 15), (12, 14), (16, 17))  # fmt: skip
+# (a, b): read a before b. What follows from two arrows is not drawn, nor that 16 stands on all of the others.
+NEEDS = tuple((need, chapter.number) for chapter in CHAPTERS for need in chapter.needs if chapter.number != 16)
 _SLOT_COLOURS = {
     "data": "#cfe8f7", "batch": "#d9f0e4", "model": "#e8e8e8", "objective": "#f6dcea", "optimizer": "#fbe3b5",
     "schedule": "#fdf3a7", "stopping": "#f7d0bb", "execution": "#c9d4ee", "": "#ffffff",
@@ -337,12 +330,13 @@ def chapter_map(written: Collection[int] | None = None) -> Figure:
     A solid frame marks the chapters in ``written`` (by default those with a notebook in this checkout), a dashed one
     those to come.
     """
-    there = _chapters_with_a_notebook() if written is None else set(written)
-    if unknown := sorted(there - CHAPTERS.keys()):
-        raise ValueError(f"written={unknown}: the chapters are numbered from 0 to {max(CHAPTERS)}")
+    there = chapters.written() if written is None else set(written)
+    if unknown := sorted(there - {chapter.number for chapter in CHAPTERS}):
+        raise ValueError(f"written={unknown}: the chapters are numbered from 0 to {len(CHAPTERS) - 1}")
     fig, ax = plt.subplots(figsize=(10, 5))
-    for number, (title, slot, place) in CHAPTERS.items():
-        x, y = _on_the_map(place)
+    for chapter in CHAPTERS:
+        number, title, slot = chapter.number, chapter.short, chapter.slot
+        x, y = _on_the_map(chapter.place)
         on = number in there
         ax.add_patch(FancyBboxPatch((x - 0.68, y - 0.34), 1.36, 0.68, boxstyle="round,pad=0.02,rounding_size=0.1",
                                     facecolor=_SLOT_COLOURS[slot], edgecolor=INK if on else FAINT,
@@ -353,21 +347,13 @@ def chapter_map(written: Collection[int] | None = None) -> Figure:
         ax.text(x, y - (0.26 if two_lines else 0.2), slot, ha="center", va="center", fontsize=7, color="#444444",
                 style="italic")  # fmt: skip
     for before, after in NEEDS:
-        ax.add_patch(_map_arrow(_on_the_map(CHAPTERS[before][2]), _on_the_map(CHAPTERS[after][2])))
+        ax.add_patch(_map_arrow(_on_the_map(CHAPTERS[before].place), _on_the_map(CHAPTERS[after].place)))
     _bracket(ax)
     ax.set(xlim=(-0.75, 10.95), ylim=(-0.5, 5.05))
     ax.set_axis_off()
     ax.set_title("What builds on what: an arrow means “read this first”; solid frames are written, dashed ones to come",
                  fontsize=11)  # fmt: skip
     return fig
-
-
-def _chapters_with_a_notebook() -> set[int]:
-    from course_lib.lab.runtime import checkout
-
-    root = checkout()
-    found = (root / "notebooks").glob("[0-9][0-9]_*.ipynb") if root is not None else ()
-    return {int(path.name[:2]) for path in found}
 
 
 def _on_the_map(place: tuple[float, float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@
 ``nbval_plugin``        makes ``nbval`` use both
 ``leftovers``           what a notebook's kernel left behind: processes, ports, temporary files
 ``run_notebook``        ``make run``: executes a chapter in place
+``readme``              the README's table of chapters
 ======================  =============================================================================================
 
 A learner needs none of it: the laboratory registers ``figures``; the rest is for ``make test`` and ``make run``.
