@@ -1,11 +1,12 @@
-"""Checks of chapter 0, start here: accuracy, a t-interval, a paired difference, and the inner step of the loop.
+"""Checks of chapter 0, start here: accuracy, intervals, a figure to read, a bug, the inner step, a recipe to design.
 
-The right answers are written out with SciPy and torch, and each usual mistake beside them, so that a wrong answer is
-met with the hint for that mistake.
+The right answers are written out with SciPy and torch, and each usual mistake beside them in a table, so that a wrong
+answer is met with the hint for that mistake.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from course_lib.lab.data import Dataset, Split, batches, load
 from course_lib.lab.exercises import Wrong, call, close, expect_close, expect_unchanged
+from course_lib.lab.models import mlp
+from course_lib.lab.training import Diverged, Recipe, evaluate, fit, fresh
 
-Mistake = tuple[Callable[..., Any], str, str]  # the mistaken answer, what is wrong with it, a hint
+Mistake = tuple[Callable[..., Any], str, str]  # what the mistaken answer gives, what is wrong with it, a hint
 Pair = tuple[float, float]
 
 
@@ -30,12 +34,11 @@ def exercise_1(answer: Any) -> None:
         on = f"{examples} examples of {classes} classes"
         right = (logits.argmax(1) == labels).double().mean().item()
         found = call(answer, logits, labels, on=on)
-        if close(found, right, rtol=1e-4):
-            continue
-        for mistaken, message, hint in _ACCURACY_MISTAKES:
-            if close(found, mistaken(right, examples), rtol=1e-4):
-                raise Wrong(f"{message} (on {on})", hint)
-        expect_close(found, right, what="the accuracy", on=on, rtol=1e-4, hint="argmax(1) picks a class for each row.")
+        if not close(found, right, rtol=1e-4):
+            _name(found, _made(_ACCURACY_MISTAKES, right, examples), on, rtol=1e-4)
+            expect_close(
+                found, right, what="the accuracy", on=on, rtol=1e-4, hint="argmax(1) picks a class for each row."
+            )
 
 
 _ACCURACY_MISTAKES: list[Mistake] = [
@@ -52,7 +55,7 @@ def exercise_2(answer: Any) -> None:
         values = centre + np.random.default_rng(runs).normal(size=runs)
         on = f"{runs} runs"
         found = _pair(call(answer, values, on=on), on)
-        _judge(found, _interval(values), [(rule(values), *rest) for rule, *rest in _INTERVAL_MISTAKES], on)
+        _judge(found, _interval(values), _made(_INTERVAL_MISTAKES, values), on)
 
 
 def exercise_3(answer: Any) -> None:
@@ -63,13 +66,7 @@ def exercise_3(answer: Any) -> None:
         a, b = luck + 0.3 * source.normal(size=runs) + 0.5, luck + 0.3 * source.normal(size=runs)
         on = f"{runs} seeds"
         found = _pair(call(answer, a, b, on=on), on)
-        mistakes = [
-            (_interval(b - a), "the sign is turned round: wanted is a minus b", "Which of the two is subtracted?"),
-            (_unpaired(a, b), "this is the unpaired interval: the spreads of the two arms were added up",
-             "Seed 3 of a belongs to seed 3 of b. What is the difference for each seed?"),
-            *((rule(a - b), message, hint) for rule, message, hint in _INTERVAL_MISTAKES),
-        ]  # fmt: skip
-        _judge(found, _interval(a - b), mistakes, on)
+        _judge(found, _interval(a - b), _made(_PAIR_MISTAKES, a, b) + _made(_INTERVAL_MISTAKES, a - b), on)
 
 
 def _interval(values: np.ndarray, *, quantile: float | None = None, ddof: int = 1, root: bool = True) -> Pair:
@@ -80,7 +77,15 @@ def _interval(values: np.ndarray, *, quantile: float | None = None, ddof: int = 
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
+def _unpaired(a: np.ndarray, b: np.ndarray) -> Pair:
+    """The interval of a difference of means of independent arms of one size (pooled variance)."""
+    reach = stats.t.ppf(0.975, 2 * len(a) - 2) * np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
+    gap = float(a.mean() - b.mean())
+    return gap - float(reach), gap + float(reach)
+
+
 _INTERVAL_MISTAKES: list[Mistake] = [
+    (lambda v: _interval(v)[::-1], "low and high are swapped", "The smaller one comes first."),
     (lambda v: _interval(v, quantile=stats.norm.ppf(0.975)), "1.96 belongs to a known spread; here it was estimated "
      "from a few runs, and the interval is too narrow", "Look for scipy.stats.t.ppf, with n - 1 degrees of freedom."),
     (lambda v: _interval(v, quantile=stats.t.ppf(0.95, len(v) - 1)), "this interval leaves 5% on each side, so it is "
@@ -92,13 +97,23 @@ _INTERVAL_MISTAKES: list[Mistake] = [
     (lambda v: _interval(v, root=False), "this says where a single run falls; wanted is where the mean lies",
      "The mean of n runs wobbles less than one run, by a factor of √n."),
 ]  # fmt: skip
+_PAIR_MISTAKES: list[Mistake] = [
+    (lambda a, b: _interval(b - a), "the sign is turned round: wanted is a minus b", "Which of the two is subtracted?"),
+    (_unpaired, "this is the unpaired interval: the spreads of the two arms were added up",
+     "Seed 3 of a belongs to seed 3 of b. What is the difference for each seed?"),
+]  # fmt: skip
 
 
-def _unpaired(a: np.ndarray, b: np.ndarray) -> Pair:
-    """The interval of a difference of means of independent arms of one size (pooled variance)."""
-    reach = stats.t.ppf(0.975, 2 * len(a) - 2) * np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
-    gap = float(a.mean() - b.mean())
-    return gap - float(reach), gap + float(reach)
+def _made(mistakes: Iterable[Mistake], *inputs: Any) -> list[tuple[Any, str, str]]:
+    """What each mistaken answer gives on the inputs, with its message and hint."""
+    return [(rule(*inputs), message, hint) for rule, message, hint in mistakes]
+
+
+def _name(found: Any, made: Iterable[tuple[Any, str, str]], on: str, rtol: float = 1e-3) -> None:
+    """Raise `Wrong` with the mistake that explains what was found, if one does."""
+    for mistaken, message, hint in made:
+        if close(found, mistaken, rtol=rtol):
+            raise Wrong(f"{message} (on {on})", hint)
 
 
 def _pair(found: Any, on: str) -> Pair:
@@ -107,23 +122,96 @@ def _pair(found: Any, on: str) -> Pair:
     return found[0], found[1]
 
 
-def _judge(found: Pair, right: Pair, mistakes: Sequence[tuple[Pair, str, str]], on: str) -> None:
+def _judge(found: Pair, right: Pair, made: Sequence[tuple[Pair, str, str]], on: str) -> None:
     """Both ends agree with ``right``, or the mistake that explains them is named."""
     if close(found, right, rtol=1e-3):
         return
-    if close(found[::-1], right, rtol=1e-3):
-        raise Wrong(f"low and high are swapped (on {on})", "The smaller one comes first.")
-    for mistaken, message, hint in mistakes:
-        if close(found, mistaken, rtol=1e-3):
-            raise Wrong(f"{message} (on {on})", hint)
+    _name(found, made, on)
     for value, expected, what in zip(found, right, ("the lower end", "the upper end"), strict=True):
         expect_close(value, expected, what=what, on=on, rtol=1e-3, hint="The interval is mean ± t · s / √n.")
 
 
 def exercise_4(answer: Any) -> None:
+    """Who may report "as good as equal"? A figure to read."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not all(isinstance(a, str) for a in answer):
+        raise Wrong("wanted are a name and the letter of a reason", 'For instance: name, reason = "Ada", "a"')
+    name, reason = answer[0].strip().capitalize(), answer[1].strip(" )").lower()
+    if name not in _READINGS or reason not in _REASONS:
+        raise Wrong(f"there is no {answer[0]!r} with the reason {answer[1]!r}", "Five names, and the letters a to e.")
+    if name != "Cleo":
+        raise Wrong(_READINGS[name], "Which gains does the interval leave possible? None of them may matter.")
+    if reason != "c":
+        raise Wrong(f"the name is right, the reason is not: {_REASONS[reason]}", "What would change your mind?")
+
+
+_READINGS = {
+    "Ada": "Ada's interval also holds a gain of three points, and a loss of three",
+    "Ben": "Ben's interval says that the new recipe is better, perhaps by three points",
+    "Cleo": "",
+    "Dan": "Dan's interval also holds a gain of two points and more",
+    "Eve": "Eve's interval is centred at zero, and still holds a gain or a loss of nearly two points",
+}
+_REASONS = {
+    "a": "three intervals hold zero, and none of them shows that the two are equal",
+    "b": "the mean alone says nothing; Eve's is the smallest",
+    "c": "",
+    "d": "an interval in which anything is possible shows nothing",
+    "e": "an interval without zero shows that there is a difference, not that it is small",
+}
+
+
+def exercise_5(answer: Any) -> None:
+    """Find the bug: the accuracy on a whole split, in batches."""
+    linear = nn.Linear(16, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(5)))
+    model = nn.Sequential(nn.Flatten(), linear)
+    for count, batch_size in ((64, 16), (65, 16), (9, 4), (5, 256)):
+        split = _scored_split(model, count)
+        on = f"{count} images in batches of {batch_size}"
+        right = evaluate(model, split).accuracy
+        # The batches come from the learner's own call, so the split is handed over as it is
+        found = call(functools.partial(_call_with, answer, model, split, batch_size), on=on)
+        if not close(found, right, rtol=1e-6):
+            _name(found, _made(_BATCH_MISTAKES, model, split, batch_size), on, rtol=1e-6)
+            expect_close(
+                found, right, what="the accuracy", on=on, rtol=1e-6, hint="Count the images, then divide once."
+            )
+
+
+def _call_with(answer: Any, *inputs: Any) -> Any:
+    return answer(*inputs) if callable(answer) else call(answer)  # call says what is wanted
+
+
+def _scored_split(model: nn.Module, count: int) -> Split:
+    """Images of which the model gets the first three quarters right, and the rest wrong."""
+    pixels = torch.randint(0, 256, (count, 1, 4, 4), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+    blank = Split(pixels, torch.zeros(count, dtype=torch.int64), (0.5,), (0.25,))
+    ((x, _),) = batches(blank, count)
+    said = model(x).argmax(1)
+    wrong = torch.arange(count) >= 3 * count // 4
+    return replace(blank, labels=torch.where(wrong, (said + 1) % 3, said))
+
+
+def _shares(model: nn.Module, split: Split, batch_size: int) -> list[float]:
+    return [(model(x).argmax(1) == y).double().mean().item() for x, y in batches(split, batch_size)]
+
+
+_BATCH_MISTAKES: list[Mistake] = [
+    (lambda model, split, size: float(np.mean(_shares(model, split, size))), "the images do not all count the same",
+     "Write down the batches of this split. What does one image add to the result?"),
+    (lambda model, split, size: sum(_shares(model, split, size)[: len(split) // size]) / max(len(split) // size, 1),
+     "the images of the last batch do not count at all", "A smaller batch has images too."),
+    (lambda model, split, size: sum(s * size for s in _shares(model, split, size)) / len(split),
+     "the last batch is counted as if it were full", "len(y) knows how many images a batch has."),
+    (lambda model, split, size: evaluate(model, split).accuracy * len(split), "this counts the right answers; wanted "
+     "is their share", "Divide by the number of images."),
+]  # fmt: skip
+
+
+def exercise_6(answer: Any) -> None:
     """The inner step of the training loop."""
-    runs = {"the first step": 1, "three steps in a row": 3}
-    for on, steps in runs.items():
+    for on, steps in {"the first step": 1, "three steps in a row": 3}.items():
         (right_weights, right_losses), (weights, losses) = _run(_step, steps), _run(_called(answer, on), steps)
         if close(weights, right_weights):
             for found, expected in zip(losses, right_losses, strict=True):
@@ -132,37 +220,22 @@ def exercise_4(answer: Any) -> None:
                     hint="Wanted is the mean loss of the batch before the step, the one that was differentiated.",
                 )  # fmt: skip
             continue
-        for mistaken, message, hint in _STEP_MISTAKES:
-            if close(weights, _run(mistaken, steps)[0]):
-                raise Wrong(f"{message} (on {on})", hint)
+        _name(weights, [(_run(rule, steps)[0], *said) for rule, *said in _STEP_MISTAKES], on, rtol=1e-5)  # type: ignore[misc]
         expect_close(weights, right_weights, what="the weights after it", on=on, hint="Forward, backward, step.")
     x, y = _batch()
     model = _model()
     expect_unchanged(lambda x, y: answer(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y), x, y)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss
+    return _without_zeroing(model, optimizer, x, y, reduction)
 
 
-def _without_zeroing(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss
-
-
-def _zeroed_too_late(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)  # the weights stay where they are: no gradient, or no step
-
-
-def _summed(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y, reduction="sum")
+def _without_zeroing(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, reduction: str = "mean"
+) -> Tensor:
+    loss = F.cross_entropy(model(x), y, reduction=reduction)
     loss.backward()
     optimizer.step()
     return loss
@@ -171,8 +244,10 @@ def _summed(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
 _STEP_MISTAKES: list[Mistake] = [
     (_without_zeroing, "the gradient still holds that of the step before", "backward() adds to what is in .grad. "
      "Which method of the optimizer empties it?"),
-    (_zeroed_too_late, "the weights have not moved", "In which order come backward(), step() and zero_grad()?"),
-    (_summed, "the loss was summed over the batch", "Wanted is the mean, which cross_entropy gives by default."),
+    (lambda model, optimizer, x, y: None, "the weights have not moved", "In which order come backward(), step() and "
+     "zero_grad()?"),
+    (functools.partial(_step, reduction="sum"), "the loss was summed over the batch", "Wanted is the mean, which "
+     "cross_entropy gives by default."),
 ]  # fmt: skip
 
 
@@ -215,3 +290,39 @@ def _called(answer: Any, on: str) -> Callable[..., Any]:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+LARGEST_EPOCHS, SMALLEST_ACCURACY = 20, 0.89
+HIDDEN_SEEDS = (701, 702, 703)
+
+
+def exercise_7(answer: Any) -> None:
+    """Design a recipe: 0.89 on images that nobody has seen, in twenty epochs."""
+    if not isinstance(answer, Recipe):
+        raise Wrong("wanted is a Recipe", "For instance: mine = replace(plain, ema=0.9)")
+    if answer.epochs > LARGEST_EPOCHS:
+        raise Wrong(f"{answer.epochs} epochs; the budget is {LARGEST_EPOCHS}", "More of the same is not allowed.")
+    scores = []
+    for seed in HIDDEN_SEEDS:
+        data = _hidden_digits(seed)
+        network = fresh(functools.partial(mlp, data.input_shape, len(data.classes)), answer, seed=seed)
+        try:
+            fit(network, data, answer, seed=seed, progress=False)
+        except Diverged as error:
+            raise Wrong(f"the run diverged: {error}", "A smaller learning rate, or clip_norm.") from None
+        except Exception as error:  # an objective or an augmentation of the learner's own may fail in any way
+            raise Wrong(f"training with it raised {type(error).__name__}: {error}") from None
+        scores.append(evaluate(network, data.test).accuracy)
+    if np.mean(scores) < SMALLEST_ACCURACY:
+        raise Wrong(
+            f"a mean accuracy of {np.mean(scores):.3f} on {len(scores)} hidden data sets; wanted is at least "
+            f"{SMALLEST_ACCURACY}", ("Which two changes of this chapter helped, and which slots do they fill?",
+                                     "Move the images, and average the weights over the last few epochs."),
+        )  # fmt: skip
+
+
+@functools.cache
+def _hidden_digits(seed: int) -> Dataset:
+    data = load("glyphs", classes="digits", size=16, difficulty=0.5, count=6000, train_size=1000, seed=seed)
+    # Validation after each epoch would cost more than it tells: a hundred images are enough for `keep` and `stop`.
+    return replace(data, val=data.val.subset(torch.arange(100)))
