@@ -18,14 +18,14 @@ the learner does not see, returns nothing when it is right and raises `Wrong` wh
 | `close` | the same comparison as a truth value, to recognise a usual mistake |
 | `expect_unchanged` | the answer left its inputs as they were |
 
-Progress is one small file a learner, ``progress-NAME.json`` in the data folder, so that a class may share that folder.
+Progress is one small file a learner, ``progress-NAME.json`` in the folder of what is yours (``COURSE_HOME``), so that a
+class may share that folder; ``runtime.learner`` says whose it is.
 Validation runs (``COURSE_VALIDATING=1``) neither read nor write it.
 """
 
 import copy
 import datetime
 import difflib
-import getpass
 import html
 import importlib
 import inspect
@@ -44,6 +44,8 @@ import torch
 from torch import Tensor
 
 from course_lib.lab.claims import ReadableTable
+from course_lib.lab.files import replaced
+from course_lib.lab.runtime import data_folder, home_folder, learner
 
 CHECKS = "course_lib.checks"  # the package with one module a chapter
 LOCK_SECONDS = 10
@@ -320,14 +322,7 @@ def _validating() -> bool:
 
 
 def _file() -> Path:
-    from course_lib.lab.runtime import data_folder
-
-    try:
-        user = re.sub(r"[^\w.-]", "_", getpass.getuser())
-    except (OSError, KeyError):  # a container may run as a user without a name
-        user = "learner"
-    # A class may share one data folder: each learner has a file of their own.
-    return data_folder() / f"progress-{user}.json"
+    return home_folder() / f"progress-{learner()}.json"
 
 
 def _lock(file: Path) -> filelock.BaseFileLock:
@@ -357,7 +352,7 @@ def _record(exercise: str, passed: bool) -> str:
 def _read_progress() -> dict[str, dict[str, Any]]:
     file = _file()
     if not file.exists():
-        return {}
+        return _from_before(file)
     try:
         with _lock(file):
             return _load(file)
@@ -372,13 +367,21 @@ def _read_progress() -> dict[str, dict[str, Any]]:
 def _load(file: Path) -> dict[str, dict[str, Any]]:
     """The exercises in ``file``; a damaged file is renamed, so that nothing in it is lost, and forgotten."""
     if not file.exists():
-        return {}
+        return _from_before(file)
     try:
         return _parse(file.read_bytes())
     except ValueError:
         aside = next(name for name in _aside_names(file) if not name.exists())
         file.rename(aside)
         warnings.warn(f"{file.name} was damaged: set aside as {aside.name}, progress starts afresh", stacklevel=4)
+        return {}
+
+
+def _from_before(file: Path) -> dict[str, dict[str, Any]]:
+    """Progress once lay in the data folder: it is taken over from there, and the old file stays."""
+    try:
+        return _parse((data_folder() / file.name).read_bytes())
+    except (OSError, ValueError):
         return {}
 
 
@@ -404,9 +407,5 @@ def _parse(content: bytes) -> dict[str, dict[str, Any]]:
 
 def _write(file: Path, kept: dict[str, dict[str, Any]]) -> None:
     """Replace the file in one step: a reader, or a power cut, meets the old one or the new one, never half of it."""
-    fresh = file.with_name(f"{file.name}.tmp")
-    with open(fresh, "w", encoding="utf-8") as stream:
-        json.dump({"exercises": kept}, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(fresh, file)
+    with replaced(file) as stream:
+        stream.write(json.dumps({"exercises": kept}, indent=1, sort_keys=True).encode())

@@ -1,16 +1,19 @@
 """Where the course runs: device, seed, profile, folders, and a check of the reader's machine.
 
-Five environment variables decide; each has a good default:
+A few environment variables decide; each has a good default:
 
 ==================  ===================================================================================
 ``COURSE_DEVICE``   ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; default: the fastest one that is there
 ``COURSE_PROFILE``  ``quick`` (default: small data, a minute a chapter) or ``full``
-``COURSE_DATA``     the folder where data sets lie; default: ``data/`` of the checkout
+``COURSE_DATA``     the folder where data sets lie, which may be read-only; default: ``data/`` of the checkout
+``COURSE_HOME``     the folder for what is yours: exercises and guesses; default: ``~/.craft-of-training``
+``COURSE_LEARNER``  your name, where several people share that folder; default: the system's name of you
 ``COURSE_PROGRESS`` ``off`` silences progress bars
 ``CI``              set by build servers; silences progress bars too
 ==================  ===================================================================================
 """
 
+import getpass
 import os
 import platform
 import random
@@ -33,6 +36,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import course_lib
+from course_lib.lab.files import replaced
 
 PROJECT = "craft-of-training"
 GIB = 2**30
@@ -132,6 +136,50 @@ def data_folder() -> Path:
         return Path(chosen).expanduser().resolve()
     root = checkout()
     return root / "data" if root is not None else Path.home() / ".craft-of-training"
+
+
+def home_folder() -> Path:
+    """Where a learner's progress lies: ``COURSE_HOME``, else ``~/.craft-of-training``. Apart from the data on purpose:
+    those may be shared by a class, and read-only. The folder is named, not made."""
+    chosen = os.environ.get("COURSE_HOME", "").strip()
+    return Path(chosen).expanduser().resolve() if chosen else Path.home() / ".craft-of-training"
+
+
+# Names that containers give to everybody
+_NOBODYS = {"jovyan", "root", "user", "ubuntu", "debian", "student", "learner", "coder", "vscode", "codespace", "admin"}
+
+
+def learner() -> str:
+    """Whose progress it is, as part of a file's name: ``COURSE_LEARNER``, else the name of the system's user.
+
+    Where many share a folder (``COURSE_HOME`` is set) and the user's name is everybody's, such as ``jovyan``, a person
+    at a notebook is asked once; the answer is remembered in the home folder of that user.
+    """
+    if chosen := os.environ.get("COURSE_LEARNER", "").strip():
+        return _file_name(chosen)
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a user without a name
+        user = "learner"
+    if user not in _NOBODYS or not os.environ.get("COURSE_HOME", "").strip():
+        return _file_name(user)
+    remembered = Path.home() / ".craft-of-training" / "learner.txt"
+    if remembered.is_file():
+        return _file_name(remembered.read_text(encoding="utf-8").strip()) or _file_name(user)
+    if interactive() and _in_notebook():
+        try:
+            answer = input("Your name, for your own progress in the folder of the class: ").strip()
+        except (EOFError, RuntimeError):  # no keyboard behind this kernel
+            answer = ""
+        if answer:
+            with replaced(remembered) as file:
+                file.write(answer.encode())
+            return _file_name(answer)
+    return _file_name(user)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -341,13 +389,17 @@ def _check_memory() -> Check:
 
 
 def _check_data_folder() -> list[Check]:
-    folder = data_folder()
-    writable = _can_write(folder)
-    mend = "export COURSE_DATA=<a folder you may write into, on a disk with room>  (then start again)"
+    folder, home = data_folder(), home_folder()
+    mend = "export COURSE_DATA=<a folder on a disk with room>  (then start again)"
     free = shutil.disk_usage(_nearest_existing(folder)).free
-    found = "writable" if writable else f"{folder} cannot be written"
+    # Data that somebody else laid out serve as well: what is not there cannot be downloaded, and the error will say so
+    found = "writable" if _can_write(folder) else "can be read (nothing will be downloaded into it)"
+    kept = _can_write(home)
+    where = "writable" if kept else f"{home} cannot be written"
+    home_mend = "export COURSE_HOME=<a folder you may write into>  (then start again)"
     return [
-        Check("data folder", found, "writable", writable, mend),
+        Check("data folder", found, "there, or writable", folder.is_dir() or _can_write(folder), mend),
+        Check("your progress", where, "writable", kept, home_mend, essential=False),
         Check("free disk", _gib(free), f"{_gib(_NEEDED_DISK)} or more", free >= _NEEDED_DISK, mend, essential=False),
     ]
 

@@ -355,7 +355,8 @@ class _Rank:
         while connection.wait([self.traces], patience) and (part := os.read(self.traces.fileno(), 65536)):
             written, patience = written + part, 0.1
         lines = [line for line in written.decode(errors="replace").splitlines() if line.startswith("  ")]
-        own = next((i for i, line in enumerate(lines) if line.endswith("in __call__") and __file__ in line), len(lines))
+        here = __file__.encode("ascii", "backslashreplace").decode()  # as faulthandler writes a path
+        own = next((i for i, line in enumerate(lines) if line.endswith("in __call__") and here in line), len(lines))
         return "\n".join(lines[:own]) or "  (no answer)"
 
     def end(self) -> None:

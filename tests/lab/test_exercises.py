@@ -1,7 +1,6 @@
 """Exercises: what a learner is told, what is kept, and what several notebooks at once or a bad disk may not break."""
 
 import datetime
-import getpass
 import json
 import multiprocessing
 import os
@@ -59,13 +58,15 @@ def checks(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(exercises, "CHECKS", "fake_checks")
     monkeypatch.setattr(exercises, "_hints_given", {})
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "mine"))
     monkeypatch.setenv("COURSE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("COURSE_LEARNER", "ada")
     monkeypatch.delenv("COURSE_VALIDATING", raising=False)
 
 
 @pytest.fixture
 def file(tmp_path):
-    return tmp_path / "data" / f"progress-{getpass.getuser()}.json"
+    return tmp_path / "mine" / "progress-ada.json"
 
 
 def kept(file):
@@ -379,7 +380,7 @@ def test_a_second_damaged_file_does_not_replace_the_first(file):
 
 def test_a_folder_that_cannot_be_written_still_gets_an_answer(tmp_path, monkeypatch):
     (tmp_path / "a_file").touch()
-    monkeypatch.setenv("COURSE_DATA", str(tmp_path / "a_file" / "data"))
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "a_file" / "mine"))
     found = check("03.1", lambda x: 2 * x)
     assert found.state == "passed"
     assert repr(found).endswith("(your progress could not be kept: Not a directory)")
@@ -485,17 +486,20 @@ def test_an_outcome_is_one_line_whatever_the_message():
     assert "\n" not in repr(Outcome("03.1", "Title", "not yet right", "two\nlines", "and\n\nmore"))
 
 
-def test_two_users_of_one_folder_have_a_file_each(monkeypatch, file):
-    for user in ("ada", "Grace Hopper"):
-        monkeypatch.setattr("getpass.getuser", lambda user=user: user)
+def test_two_learners_of_one_folder_have_a_file_each(monkeypatch, file):
+    for name in ("ada", "Grace Hopper"):
+        monkeypatch.setenv("COURSE_LEARNER", name)
         check("03.1", lambda x: x + x)
     assert {"progress-ada.json", "progress-Grace_Hopper.json"} <= {path.name for path in file.parent.iterdir()}
 
 
-def test_a_user_without_a_name_has_a_file_too(monkeypatch, file):
-    def nameless():
-        raise KeyError("getpwuid(): uid not found: 1234")
-
-    monkeypatch.setattr("getpass.getuser", nameless)
+def test_progress_of_before_is_taken_over_from_the_data_folder_and_stays_there(tmp_path, file):
+    old = tmp_path / "data" / "progress-ada.json"
+    old.parent.mkdir()
+    content = {"exercises": {"03.2": {"attempts": 4, "passed": "2026-05-04"}}}
+    old.write_text(json.dumps(content))
+    assert "2026-05-04" in list(progress()["first passed"])
     check("03.1", lambda x: x + x)
-    assert (file.parent / "progress-learner.json").exists()
+    assert kept(file)["03.2"] == content["exercises"]["03.2"]
+    assert kept(file)["03.1"]["passed"]
+    assert json.loads(old.read_text()) == content

@@ -1,11 +1,13 @@
 """Where the course runs: the environment's wishes are followed, and a machine that lacks something is told what."""
 
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,16 @@ import torch
 
 from course_lib.lab import runtime
 
-VARIABLES = ("COURSE_DEVICE", "COURSE_PROFILE", "COURSE_DATA", "COURSE_PROGRESS", "COURSE_VALIDATING", "CI")
+VARIABLES = (
+    "COURSE_DEVICE",
+    "COURSE_PROFILE",
+    "COURSE_DATA",
+    "COURSE_HOME",
+    "COURSE_LEARNER",
+    "COURSE_PROGRESS",
+    "COURSE_VALIDATING",
+    "CI",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -181,14 +192,13 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
     assert set(wrong(result)) == {"scikit-learn"}
     assert result.line.startswith("Missing: scikit-learn (not installed, needed: ")
     requirements = runtime.checkout() / "requirements.txt"  # type: ignore[operator]
-    assert result.line.endswith(f"{sys.executable} -m pip install -r {requirements}")
+    mend = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(requirements)])  # a path may hold a space
+    assert result.line.endswith(mend)
 
 
-def test_another_version_and_a_missing_test_tool_do_not_stop_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = {"pandas": "3.0.0", "pytorch-optimizer": None}
-    monkeypatch.setattr(
-        runtime, "_version", lambda name: other.get(name, "") or (other.get(name, metadata.version(name)))
-    )
+def test_another_version_does_not_stop_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"pandas": "3.0.0"}
+    monkeypatch.setattr(runtime, "_version", lambda name: other.get(name) or metadata.version(name))
     result = runtime.check_machine()
     assert result.ready
     assert set(wrong(result)) == set(other)
@@ -197,7 +207,7 @@ def test_another_version_and_a_missing_test_tool_do_not_stop_a_learner(monkeypat
 
 def test_a_local_build_of_the_pinned_version_is_the_pinned_version(monkeypatch: pytest.MonkeyPatch) -> None:
     pins = {r.name: next(iter(r.specifier)).version for r in runtime.requirements()}
-    assert len(pins) > 20
+    assert len(pins) > 15
     monkeypatch.setattr(runtime, "_version", lambda name: f"{pins[name]}+cu130")
     assert [check.found for check in runtime._check_packages()] == [f"{len(pins)} as pinned"]
 
@@ -226,18 +236,82 @@ def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.found.startswith("a wrong gradient")
 
 
-def test_a_data_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: object) -> None:
-        raise PermissionError("read-only")
+def test_a_data_folder_that_can_only_be_read_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> Any:
+        if dir.name == "sets":
+            raise PermissionError("read-only")
+        return real(dir=dir)
 
+    real = tempfile.TemporaryFile
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "mine"))
     monkeypatch.setenv("COURSE_DATA", str(tmp_path / "sets"))
     assert not wrong(runtime.check_machine())
     assert not (tmp_path / "sets").exists(), "a check leaves nothing behind"
+    (tmp_path / "sets").mkdir()
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     result = runtime.check_machine()
-    assert set(wrong(result)) == {"data folder"}
-    assert str(tmp_path / "sets") in result.line
-    assert "export COURSE_DATA=" in result.line
+    assert result.line == "Ready: this machine has everything the course needs."
+    (found,) = (check.found for check in result.checks if check.what == "data folder")
+    assert found == "can be read (nothing will be downloaded into it)"
+
+
+def test_progress_that_cannot_be_kept_is_said_and_does_not_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "a file"))
+    real = tempfile.TemporaryFile
+
+    def refuse(dir: Path) -> Any:
+        if dir == tmp_path:
+            raise PermissionError("read-only")
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    result = runtime.check_machine()
+    assert result.ready
+    assert set(wrong(result)) == {"your progress"}
+    assert "export COURSE_HOME=" in result.line
+
+
+def test_what_is_yours_lies_at_home_or_where_you_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime.home_folder() == Path.home() / ".craft-of-training"
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "mine"))
+    assert runtime.home_folder() == tmp_path / "mine"
+
+
+def test_the_learner_is_who_says_so_else_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    assert runtime.learner() == "ada"
+    monkeypatch.setenv("COURSE_LEARNER", " Grace Hopper/1 ")
+    assert runtime.learner() == "Grace_Hopper_1"
+
+
+def test_a_user_without_a_name_is_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert runtime.learner() == "learner"
+
+
+def test_everybodys_name_in_a_shared_folder_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "Ada Lovelace"
+
+    monkeypatch.setattr("getpass.getuser", lambda: "jovyan")
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert runtime.learner() == "jovyan", "a home of one's own needs no name"
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path / "class"))
+    assert runtime.learner() == "jovyan", "nobody watches"
+    monkeypatch.setattr(runtime, "interactive", lambda: True)
+    monkeypatch.setattr(runtime, "_in_notebook", lambda: True)
+    assert [runtime.learner() for _ in range(3)] == ["Ada_Lovelace"] * 3
+    assert len(asked) == 1
 
 
 def test_little_memory_and_a_full_disk_are_said_but_do_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
