@@ -40,7 +40,6 @@ group_scores            how important each unit is                     Fang et a
 prune_channels          prune whole units, wherever they occur         Li et al. 2016, arXiv:1608.08710
 silence, drop_blocks    masked filters made silent; idle blocks out
 shrink                  an ordinary network without the dead units
-cost, flops, savings    numbers, products, bytes, time: before, after
 semi_structured         2:4 layers for the GPU's sparse tensor cores   Mishra et al. 2021, arXiv:2104.08378
 ======================  =============================================  ===============================================
 
@@ -48,6 +47,7 @@ They combine freely: a criterion gives scores, a pattern turns scores into masks
 schedule says when. ``apply_masks(model, global_unstructured(magnitude(model), 0.9))`` is all of the simplest method.
 """
 
+from course_lib.lab.tracing import CannotShrink, ChannelGroup
 from course_lib.pruning.criteria import (
     Criterion,
     gauss_newton_diagonal,
@@ -62,7 +62,7 @@ from course_lib.pruning.criteria import (
     taylor,
     wanda,
 )
-from course_lib.pruning.graph import ChannelGroup, channel_groups, group_scores, prune_channels
+from course_lib.pruning.graph import channel_groups, group_scores, prune_channels
 from course_lib.pruning.masks import (
     Masked,
     Masks,
@@ -90,11 +90,10 @@ from course_lib.pruning.patterns import (
     total,
     without_smallest,
 )
-from course_lib.pruning.savings import Cost, cost, file_bytes, flops, savings, semi_structured
+from course_lib.pruning.savings import semi_structured
 from course_lib.pruning.schedules import (
     Pattern,
     Ticket,
-    after_each_step,
     cubic_sparsity,
     drop_and_grow,
     drop_fraction,
@@ -110,35 +109,29 @@ from course_lib.pruning.schedules import (
 )
 from course_lib.pruning.shrinking import shrink
 from course_lib.pruning.silencing import drop_blocks, silence
-from course_lib.pruning.tracing import CannotShrink
 
 __all__ = [
     "CannotShrink",
     "ChannelGroup",
-    "Cost",
     "Criterion",
     "Masked",
     "Masks",
     "Pattern",
     "Scores",
     "Ticket",
-    "after_each_step",
     "apply_masks",
     "blocks",
     "bottleneck",
     "channel_groups",
     "channels",
     "collapsed",
-    "cost",
     "cubic_sparsity",
     "drop_and_grow",
     "drop_blocks",
     "drop_fraction",
     "erdos_renyi_kernel",
     "euclidean",
-    "file_bytes",
     "filters",
-    "flops",
     "gauss_newton_diagonal",
     "geometric_sparsity",
     "get_masks",
@@ -165,7 +158,6 @@ __all__ = [
     "prune_channels",
     "random_scores",
     "rigl",
-    "savings",
     "semi_structured",
     "shrink",
     "shuffled",

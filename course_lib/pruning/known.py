@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from course_lib.pruning.labels import Labelling
-from course_lib.pruning.tracing import BATCH_NORMS, TRANSPOSED, operation, tensors_in
+from course_lib.lab.tracing import BATCH_NORMS, TRANSPOSED, Labelling, operation, tensors_in
 
 NAN = float("nan")
 

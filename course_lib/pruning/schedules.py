@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from course_lib.lab.data import Dataset
+from course_lib.lab.stepping import after_each_step
 from course_lib.lab.training import Recipe, evaluate, fit, fresh
 from course_lib.pruning.criteria import Criterion, magnitude, random_scores
 from course_lib.pruning.masks import (
@@ -172,28 +173,6 @@ def _start_dense(model: nn.Module, layers: list[str]) -> None:
     found = prunable_layers(model, layers)
     dense = {n: torch.ones_like(weight_of(layer), dtype=torch.bool) for n, layer in found.items()}
     apply_masks(model, dense | {name: mask for name, mask in get_masks(model).items() if name in dense})
-
-
-def after_each_step(recipe: Recipe, action: Callable[[Optimizer, int], None]) -> Recipe:
-    """Return a recipe whose optimizer calls ``action(optimizer, step)`` after each step, counted from 1.
-
-    The count lies in the optimizer's first parameter group, so a run resumed from a checkpoint goes on counting.
-    Several actions can be wrapped around one another; the innermost comes first, and each counts for itself.
-    """
-
-    def make(parameters: Iterator[tuple[str, nn.Parameter]]) -> Optimizer:
-        optimizer = recipe.optimizer(parameters)
-        counter = f"steps_done_{sum(key.startswith('steps_done') for key in optimizer.param_groups[0])}"
-        optimizer.param_groups[0][counter] = 0
-
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            optimizer.param_groups[0][counter] += 1
-            action(optimizer, optimizer.param_groups[0][counter])
-
-        optimizer.register_step_post_hook(hook)
-        return optimizer
-
-    return replace(recipe, optimizer=make)
 
 
 # --- Lottery tickets --------------------------------------------------------------------------------------------------

@@ -21,23 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from course_lib.pruning.graph import Channels, follow
-from course_lib.pruning.known import Known
-from course_lib.pruning.labels import compact
-from course_lib.pruning.tracing import (
+from course_lib.lab.tracing import (
     BATCH_NORMS,
     CONVOLUTIONS,
     INSTANCE_NORMS,
     TRANSPOSED,
     CannotShrink,
+    Channels,
     Inputs,
     Results,
+    compact,
     operation,
     owner,
     place,
     tensors_in,
     trace,
 )
+from course_lib.pruning.graph import follow
+from course_lib.pruning.known import Known
 
 __all__ = ["CannotShrink", "shrink"]
 

@@ -15,11 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from course_lib.pruning.graph import ChannelGroup, Channels, follow, groups_of, prune_units
+from course_lib.lab.tracing import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    IS_OUTPUT,
+    ChannelGroup,
+    Channels,
+    Inputs,
+    groups_of,
+    open_attention,
+    operation,
+    tensors_in,
+)
+from course_lib.pruning.graph import follow, prune_units
 from course_lib.pruning.known import Known
-from course_lib.pruning.labels import IS_OUTPUT
 from course_lib.pruning.shrinking import check_same, living_units, probe_inputs
-from course_lib.pruning.tracing import BATCH_NORMS, CONVOLUTIONS, Inputs, operation, tensors_in
 
 
 @torch.no_grad()
@@ -32,6 +42,7 @@ def silence(model: nn.Module, example_input: Inputs, *, keep: Collection[str] = 
     that they stay dead through training. The model's outputs keep their biases.
     """
     channels = follow(model, example_input, keep)
+    open_attention(model, keep)
     silencer = _Silencer(channels)
     silencer.look(channels.inputs)
     for layer, parameter, silent in silencer.found:

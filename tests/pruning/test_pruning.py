@@ -1062,12 +1062,3 @@ def test_uniform_sparsity() -> None:
         schedules.uniform(small(), 1.5)
     with pytest.raises(ValueError, match="sparsity=1.5"):
         schedules.erdos_renyi_kernel(small(), 1.5)
-
-
-def test_actions_after_each_step_nest_and_each_counts_for_itself(digits: Dataset) -> None:
-    counts: dict[str, list[int]] = {"inner": [], "outer": []}
-    recipe = schedules.after_each_step(RECIPE, lambda _, step: counts["inner"].append(step))
-    recipe = schedules.after_each_step(recipe, lambda _, step: counts["outer"].append(step))
-    fit(small(), digits, recipe, seed=0)
-    assert len(counts["inner"]) > 1
-    assert counts["inner"] == counts["outer"] == list(range(1, len(counts["inner"]) + 1))

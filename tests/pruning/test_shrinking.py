@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,21 +15,19 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
 import course_lib  # noqa: F401  before torchvision
+from course_lib.lab import tracing
+from course_lib.lab.costs import cost
 from course_lib.lab.models import ConvNet, convnet, mlp, resnet, vit
-from course_lib.lab.timing import SpeedRatio, Timing
-from course_lib.pruning import known, tracing
-from course_lib.pruning.graph import ChannelGroup, channel_groups, group_scores, prune_channels, prune_units
-from course_lib.pruning.labels import Labelling
+from course_lib.lab.tracing import CannotShrink, ChannelGroup, Labelling, open_attention
+from course_lib.pruning import known
+from course_lib.pruning.graph import channel_groups, group_scores, prune_channels, prune_units
 from course_lib.pruning.masks import apply_masks, get_masks, is_masked, make_permanent
-from course_lib.pruning.savings import cost, flops, is_2_of_4, savings, semi_structured
+from course_lib.pruning.savings import is_2_of_4, semi_structured
 from course_lib.pruning.shrinking import shrink
 from course_lib.pruning.silencing import drop_blocks, silence
-from course_lib.pruning.tracing import CannotShrink
 
 SHAPE = (1, 8, 8)
 
@@ -318,6 +314,72 @@ def test_units_of_attention_are_heads() -> None:
     assert groups["blocks.0.mlp.0"].units == 64
     assert groups["embed"].why_not == "blocks.0.norm1 mixes all of it"
     assert groups["head"].why_not == "it is the model's output"
+
+
+def vision_transformer() -> nn.Module:
+    """torchvision's, as its ``vit_b_16`` is made, but small."""
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, num_layers=2, num_heads=4, hidden_dim=24, mlp_dim=40, num_classes=5)
+    for parameter in model.parameters():  # its head begins with zeros
+        parameter.data.normal_(std=0.3)
+    return model.double().eval()
+
+
+def test_torchvisions_transformer_loses_whole_heads_and_hidden_units() -> None:
+    model, x = vision_transformer(), torch.randn(2, 3, 16, 16, generator=generator(), dtype=torch.float64)
+    as_it_came = model(x)
+    masked = prune_channels(copy.deepcopy(model), x, 0.5)
+    small = shrink(masked, x)
+    assert widest_gap(masked, small, x) <= 1e-12
+    assert (small(x) - as_it_came).abs().max() > 1e-2
+    assert type(small) is type(model)
+    for block in small.encoder.layers:
+        attention = block.self_attention
+        assert (attention.heads, attention.query.out_features, attention.project.in_features) == (2, 12, 12)
+        assert (block.mlp[0].out_features, block.mlp[3].in_features) == (20, 20)
+    assert widest_gap(model, shrink(model, x), x) <= 1e-12  # nothing to cut
+    assert count(shrink(model, x)) == count(model)
+
+
+def test_torchvisions_transformer_is_cut_as_torch_pruning_cuts_it() -> None:
+    """Hidden units from its own class, and heads where its attention is open (as torch's, it has no fewer heads)."""
+    model, x = vision_transformer(), torch.randn(2, 3, 16, 16, generator=generator(), dtype=torch.float64)
+    weak = "encoder.layers.encoder_layer_1"
+    groups = {group.name: group for group in channel_groups(model, x)}
+    hidden, heads = groups[f"{weak}.mlp.0"], groups[f"{weak}.self_attention.query"]
+    assert (hidden.units, heads.units, heads.why_not) == (40, 4, None)
+    units = {hidden.name: torch.tensor([1, 5, 38]), heads.name: torch.tensor([0, 2])}
+    small = shrink(prune_units(open_attention(copy.deepcopy(model)), [hidden, heads], units), x)
+
+    theirs = open_attention(copy.deepcopy(model))
+    block = theirs.get_submodule(weak)
+    rows = [*range(6), *range(12, 18)]
+    for layer, indices in ((block.mlp[0], [1, 5, 38]), (block.self_attention.query, rows)):
+        graph = tp.DependencyGraph().build_dependency(theirs, example_inputs=x)
+        graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=indices).prune()
+    block.self_attention.heads = 2
+    assert [p.shape for p in small.parameters()] == [p.shape for p in theirs.parameters()]
+    assert widest_gap(theirs, small, x) <= 1e-12
+
+    untouched = copy.deepcopy(model)
+    graph = tp.DependencyGraph().build_dependency(untouched, example_inputs=x)
+    first = untouched.get_submodule(weak).mlp[0]
+    graph.get_pruning_group(first, tp.prune_linear_out_channels, idxs=[1, 5, 38]).prune()
+    only_hidden = shrink(prune_units(open_attention(copy.deepcopy(model)), [hidden], units), x)
+    assert widest_gap(untouched, only_hidden, x) <= 1e-12
+
+
+def test_a_head_of_torchs_attention_that_nobody_hears_is_cut() -> None:
+    model, x = vision_transformer(), torch.randn(2, 3, 16, 16, generator=generator(), dtype=torch.float64)
+    attention = model.encoder.layers[0].self_attention
+    attention.out_proj.weight.data[:, 6:12] = 0  # head 1
+    small = shrink(model, x)
+    assert [block.self_attention.heads for block in small.encoder.layers] == [3, 4]
+    torch.testing.assert_close(small.encoder.layers[0].self_attention.query.weight[6:], attention.in_proj_weight[12:24])
+    assert isinstance(attention, nn.MultiheadAttention)  # the model itself is left alone
+    assert widest_gap(model, small, x) <= 1e-12
 
 
 def test_a_flattened_channel_is_all_its_pixels() -> None:
@@ -819,10 +881,10 @@ def between(forward: Callable[[Any, Tensor], Tensor], **layers: Any) -> Any:
 
 
 class WithAttention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **settings)
         self.hidden = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -863,7 +925,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "getitem in 1",
     ),
     "recurrent": (lambda: nn.Sequential(nn.Flatten(2), nn.Flatten(1), nn.LSTM(64, 4)), "^2: .*through LSTM; keep"),
-    "attention leaf": (WithAttention, "^attention: channels cannot be followed through MultiheadAttention"),
+    "attention with more keys": (
+        partial(WithAttention, add_bias_kv=True),
+        "^attention: channels cannot be followed through MultiheadAttention",
+    ),
+    "torch's own layer": (
+        lambda: nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        "^1: channels cannot be followed through TransformerEncoderLayer; keep=",
+    ),
     "parametrization": (weight_norm, "^features.4: "),
     "training only": (Auxiliary, "^auxiliary works in training only"),
     "functional": (
@@ -959,73 +1028,7 @@ def test_a_tuple_of_inputs_and_arguments_with_defaults() -> None:
     torch.testing.assert_close(shrink(model, (x,))(x), model(x), rtol=0, atol=1e-12)
 
 
-# --- Costs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_flops_are_torchs(name: str) -> None:
-    model, x = make(name), example(name)
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # it does not know the fused kernel of the CPU
-        model(x)
-    assert flops(model, x) == counter.get_total_flops() > 0
-
-
-def test_flops_of_every_kind_of_product() -> None:
-    a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
-    products = {
-        "conv1d": lambda: F.conv1d(a, torch.randn(6, 2, 3), groups=2, stride=2),
-        "conv3d": lambda: F.conv3d(a[None, None], torch.randn(2, 1, 2, 2, 2)),
-        "transposed": lambda: F.conv_transpose2d(torch.randn(2, 4, 5, 5), torch.randn(4, 3, 2, 2), stride=2, groups=2),
-        "matmul": lambda: torch.matmul(a, b),
-        "@": lambda: a @ b,
-        "bmm": lambda: torch.bmm(a, b),
-        "mm": lambda: a[0].mm(b[0]),
-        "attention": lambda: F.scaled_dot_product_attention(torch.randn(2, 3, 7, 4), *torch.randn(2, 2, 3, 9, 4)),
-    }
-    for name, product in products.items():
-        counter = FlopCounterMode(display=False)
-        with counter, sdpa_kernel(SDPBackend.MATH):
-            product()
-        assert flops(Net(lambda net, x: product()), a) == counter.get_total_flops() > 0, name  # noqa: B023
-
-
-def test_cost_counts_what_is_there() -> None:
-    model, x = make("convnet", dtype=torch.float32), images().float()
-    dense = cost(model, x)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    assert dense.parameters == dense.nonzero == count(model)
-    assert dense.file_bytes == len(file.getvalue())
-    assert dense.compressed_bytes == len(zlib.compress(file.getvalue()))
-    assert dense.peak_bytes >= 3 * 4 * 64 * 4 * 2  # the first convolution and its norm, 4 bytes a number
-    prune_channels(model, x, 0.5)
-    masked, small = cost(model, x), cost(shrink(model, x), x)
-    assert (masked.parameters, masked.flops, masked.file_bytes) == (dense.parameters, dense.flops, dense.file_bytes)
-    assert masked.nonzero == small.nonzero == small.parameters < dense.nonzero
-    assert masked.compressed_bytes < dense.compressed_bytes
-    assert small.flops < 0.4 * dense.flops
-    assert small.file_bytes < dense.file_bytes
-    assert small.peak_bytes < dense.peak_bytes
-
-
-def test_savings_is_a_table_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = make("mlp"), images()
-    prune_channels(model, x, 0.5)
-    small = shrink(model, x)
-    table = savings(model, small, x, rounds=0)
-    assert list(table.columns) == ["before", "after", "ratio"]
-    assert list(table.index) == ["parameters", "nonzero", "flops", "file_bytes", "compressed_bytes", "peak_bytes"]
-    assert table.loc["parameters"].tolist() == [count(model), count(small), count(model) / count(small)]
-
-    def fake(a: Callable[[], Any], b: Callable[[], Any], **settings: Any) -> SpeedRatio:
-        torch.testing.assert_close(a(), model(x))
-        torch.testing.assert_close(b(), small(x))
-        one, two = (Timing(t, t, t, 3) for t in (0.3, 0.1))
-        return SpeedRatio(2.9, 2.8, 3.0, settings["rounds"], one, two)
-
-    monkeypatch.setattr(importlib.import_module("course_lib.pruning.savings"), "compare_speed", fake)
-    assert savings(model, small, x).loc["seconds"].tolist() == [0.3, 0.1, 2.9]
+# --- 2:4 ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_2_of_4_pattern() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from course_lib.pruning.tracing import (
+from course_lib.lab.tracing.operations import (
     BATCH_NORMS,
     CONVOLUTIONS,
     ELEMENTWISE,
