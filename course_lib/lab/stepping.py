@@ -19,8 +19,10 @@ def after_each_step(recipe: Recipe, action: Callable[[Optimizer, int], None]) ->
     Several actions can be wrapped around one another; the innermost comes first, and each counts for itself.
     """
 
+    wrapped = recipe.optimizer  # alone, so that a checkpoint's identity has nothing of the recipe twice
+
     def make(parameters: Iterator[tuple[str, nn.Parameter]]) -> Optimizer:
-        optimizer = recipe.optimizer(parameters)
+        optimizer = wrapped(parameters)
         counter = f"steps_done_{sum(key.startswith('steps_done') for key in optimizer.param_groups[0])}"
         optimizer.param_groups[0][counter] = 0
 
