@@ -197,60 +197,74 @@ def normal(values):
     return values.mean() - reach, values.mean() + reach
 
 
-@pytest.mark.parametrize(
-    ("exercise", "answer", "message"),
-    [
-        ("00.1", lambda logits, labels: (logits.argmax(1) == labels).sum(), "counts"),
-        ("00.1", lambda logits, labels: (logits.argmax(1) != labels).float().mean(), "share of wrong"),
-        ("00.1", lambda logits, labels: 100 * accuracy(logits, labels), "percentage"),
-        ("00.1", lambda logits, labels: logits.argmax(1) == labels, "should have shape"),
-        ("00.1", lambda logits, labels: (logits.argmax(0) == labels).float().mean(), "RuntimeError"),
-        ("00.1", lambda logits, labels: 0.5, "accuracy is not right"),
-        ("00.2", normal, "1.96"),
-        ("00.2", lambda v: t_interval(v, quantile=0.95), "90%"),
-        ("00.2", lambda v: t_interval(v, freedom=0), "degrees of freedom"),
-        ("00.2", lambda v: t_interval(v, ddof=0), "divided by n"),
-        ("00.2", lambda v: t_interval(v, root=0), "single run"),
-        ("00.2", lambda v: t_interval(v)[::-1], "swapped"),
-        ("00.2", lambda v: t_interval(v)[1] - v.mean(), "two numbers"),
-        ("00.2", lambda v: (v.min(), v.max()), "lower end is not right"),
-        ("00.3", lambda a, b: t_interval(b - a), "a minus b"),
-        ("00.3", welch, "unpaired"),
-        ("00.3", lambda a, b: normal(a - b), "1.96"),
-        ("00.3", lambda a, b: t_interval(a), "end is not right"),
-        ("00.6", no_zeroing, "step before"),
-        ("00.6", zeroed_before_the_step, "not moved"),
-        ("00.6", no_step, "not moved"),
-        ("00.6", summed, "summed"),
-        ("00.6", loss_after_the_step, "loss that is returned"),
-        ("00.6", two_steps, "weights after it"),
-        ("00.6", changes_the_batch, "changes its argument x"),
-        ("00.6", 3, "a function is wanted"),
-        ("00.4", "Cleo", "a name and the letter"),
-        ("00.4", ("Zoe", "c"), "no 'Zoe'"),
-        ("00.4", ("Cleo", "f"), "no 'Cleo' with the reason 'f'"),
-        *(("00.4", (name, "c"), f"{name}'s interval") for name in ("Ada", "Ben", "Dan", "Eve")),
-        ("00.4", ("Cleo", "a"), "none of them shows"),
-        ("00.4", ("Cleo", "b"), "Eve's is the smallest"),
-        ("00.4", ("Cleo", "d"), "anything is possible"),
-        ("00.4", ("Cleo", "e"), "not that it is small"),
-        ("00.5", mean_of_shares, "do not all count the same"),
-        ("00.5", last_batch_dropped, "do not count at all"),
-        ("00.5", last_batch_as_full, "as if it were full"),
-        ("00.5", lambda model, split, size: accuracy_on(model, split, size) * len(split), "counts the right"),
-        ("00.5", lambda model, split, size: 0.3, "accuracy is not right"),
-        ("00.5", 3, "a function is wanted"),
-        ("00.7", {"epochs": 20}, "wanted is a Recipe"),
-        ("00.7", replace(PLAIN, epochs=21), "21 epochs"),
-        ("00.7", replace(PLAIN, epochs=1), "mean accuracy of"),
-        ("00.7", replace(PLAIN, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e9)), "diverged"),
-        ("00.7", replace(PLAIN, augment=lambda x, generator: x[:, :, 1:]), "raised"),
-    ],
-)
+MISTAKES = [
+    ("00.1", lambda logits, labels: (logits.argmax(1) == labels).sum(), "counts"),
+    ("00.1", lambda logits, labels: (logits.argmax(1) != labels).float().mean(), "share of wrong"),
+    ("00.1", lambda logits, labels: 100 * accuracy(logits, labels), "percentage"),
+    ("00.1", lambda logits, labels: logits.argmax(1) == labels, "should have shape"),
+    ("00.1", lambda logits, labels: (logits.argmax(0) == labels).float().mean(), "RuntimeError"),
+    ("00.1", lambda logits, labels: 0.5, "accuracy is not right"),
+    ("00.2", normal, "1.96"),
+    ("00.2", lambda v: t_interval(v, quantile=0.95), "90%"),
+    ("00.2", lambda v: t_interval(v, freedom=0), "degrees of freedom"),
+    ("00.2", lambda v: t_interval(v, ddof=0), "divided by n"),
+    ("00.2", lambda v: t_interval(v, root=0), "single run"),
+    ("00.2", lambda v: t_interval(v)[::-1], "swapped"),
+    ("00.2", lambda v: t_interval(v)[1] - v.mean(), "two numbers"),
+    ("00.2", lambda v: (v.min(), v.max()), "lower end is not right"),
+    ("00.3", lambda a, b: t_interval(b - a), "a minus b"),
+    ("00.3", welch, "unpaired"),
+    ("00.3", lambda a, b: normal(a - b), "1.96"),
+    ("00.3", lambda a, b: t_interval(a), "end is not right"),
+    ("00.6", no_zeroing, "step before"),
+    ("00.6", zeroed_before_the_step, "not moved"),
+    ("00.6", no_step, "not moved"),
+    ("00.6", summed, "summed"),
+    ("00.6", loss_after_the_step, "loss that is returned"),
+    ("00.6", two_steps, "weights after it"),
+    ("00.6", changes_the_batch, "changes its argument x"),
+    ("00.6", 3, "a function is wanted"),
+    ("00.4", "Cleo", "a name and the letter"),
+    ("00.4", ("Zoe", "c"), "no 'Zoe'"),
+    ("00.4", ("Cleo", "f"), "no 'Cleo' with the reason 'f'"),
+    *(("00.4", (name, "c"), f"{name}'s interval") for name in ("Ada", "Ben", "Dan", "Eve")),
+    ("00.4", ("Cleo", "a"), "none of them shows"),
+    ("00.4", ("Cleo", "b"), "Eve's is the smallest"),
+    ("00.4", ("Cleo", "d"), "anything is possible"),
+    ("00.4", ("Cleo", "e"), "not that it is small"),
+    ("00.5", mean_of_shares, "do not all count the same"),
+    ("00.5", last_batch_dropped, "do not count at all"),
+    ("00.5", last_batch_as_full, "as if it were full"),
+    ("00.5", lambda model, split, size: accuracy_on(model, split, size) * len(split), "counts the right"),
+    ("00.5", lambda model, split, size: 0.3, "accuracy is not right"),
+    ("00.5", 3, "a function is wanted"),
+    ("00.7", {"epochs": 20}, "wanted is a Recipe"),
+    ("00.7", replace(PLAIN, epochs=21), "21 epochs"),
+    ("00.7", replace(PLAIN, epochs=1), "mean accuracy of"),
+    ("00.7", replace(PLAIN, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e9)), "diverged"),
+    ("00.7", replace(PLAIN, augment=lambda x, generator: x[:, :, 1:]), "raised"),
+]
+
+
+@pytest.mark.parametrize(("exercise", "answer", "message"), MISTAKES)
 def test_each_usual_mistake_is_named(exercise, answer, message):
     found = check(exercise, answer)
     assert found.state == "not yet right"
     assert message in found.message, found
+
+
+@pytest.mark.parametrize(
+    ("exercise", "listed"),
+    [
+        ("00.1", chapter_00._ACCURACY_MISTAKES),
+        ("00.2", chapter_00._INTERVAL_MISTAKES),
+        ("00.3", chapter_00._PAIR_MISTAKES),
+        ("00.5", chapter_00._BATCH_MISTAKES),
+        ("00.6", chapter_00._STEP_MISTAKES),
+    ],
+)
+def test_every_listed_mistake_is_tried(exercise, listed):
+    checking.assert_all_made(listed, exercise, MISTAKES)
 
 
 @pytest.mark.parametrize("exercise", WRITTEN)
