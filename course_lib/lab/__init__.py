@@ -11,11 +11,13 @@ Imported in a notebook, it sets the look of all figures and makes each of them c
 try:
     from course_lib.lab import plotting, surfaces
     from course_lib.lab.claims import Claims
+    from course_lib.lab.costs import cost, file_bytes, flops, savings
     from course_lib.lab.data import batches, load, normalise, random_shift
     from course_lib.lab.exercises import check, progress
-    from course_lib.lab.experiments import Comparison, Interval, compare, mean_interval
+    from course_lib.lab.experiments import Comparison, Interval, Reach, compare, mean_interval
     from course_lib.lab.models import convnet, mlp, resnet, vit
     from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
+    from course_lib.lab.stepping import after_each_step
     from course_lib.lab.timing import compare_speed, measure, peak_memory
     from course_lib.lab.training import Diverged, History, Recipe, cross_entropy, evaluate, fit, fresh, logits_of
     from course_lib.lab.widgets import choice, explorer, log_slider, slider
@@ -33,7 +35,9 @@ __all__ = [
     "Diverged",
     "History",
     "Interval",
+    "Reach",
     "Recipe",
+    "after_each_step",
     "batches",
     "check",
     "check_machine",
@@ -41,12 +45,15 @@ __all__ = [
     "compare",
     "compare_speed",
     "convnet",
+    "cost",
     "cross_entropy",
     "describe_machine",
     "device",
     "evaluate",
     "explorer",
+    "file_bytes",
     "fit",
+    "flops",
     "fresh",
     "load",
     "log_slider",
@@ -62,6 +69,7 @@ __all__ = [
     "quick",
     "random_shift",
     "resnet",
+    "savings",
     "seed_everything",
     "slider",
     "surfaces",
