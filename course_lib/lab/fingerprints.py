@@ -134,16 +134,15 @@ class _Digest:
         return self._of_object(value)
 
     def _of_function(self, function: types.FunctionType) -> bytes:
-        inner = function.__qualname__.partition("<locals>")[1] or hasattr(function, "__wrapped__")
         if _is_library(function.__code__.co_filename, function.__module__):
             parts = [_hash("library", _name(function))]
-            if not inner:
+            if "<locals>" not in function.__qualname__ and not hasattr(function, "__wrapped__"):
                 return parts[0]
         elif function.__module__.startswith(_BY_NAME):
-            parts = [_hash("laboratory", _name(function))]
+            parts = [_hash("laboratory", _name(function))]  # its defaults too are the laboratory's
         else:
             parts = [_hash("function", _source(function)), *self._of_globals(function)]
-        parts += [self.of(function.__defaults__), self.of(function.__kwdefaults__)]
+            parts += [self.of(function.__defaults__), self.of(function.__kwdefaults__)]
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 content = cell.cell_contents

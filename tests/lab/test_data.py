@@ -4,6 +4,7 @@ Only the network is played: a server on this machine serves tiny files in the fo
 torchvision's addresses and md5 sums are pointed at them. Its download code runs as it is.
 """
 
+import functools
 import gzip
 import hashlib
 import io
@@ -178,6 +179,9 @@ def test_a_name_near_nothing_lists_them_all():
         ("digits", {"seed": -1}, "seed is -1"),
         ("digits", {"difficulty": 0.5}, "difficulty is for load\\('glyphs'\\) only"),
         ("glyphs", {"size": 8}, "size is 8; glyphs are drawn at 16 to 64"),
+        ("glyphs", {"val_size": 35}, "val_size is 35; it must be a whole number, at least 36: one image a class"),
+        ("glyphs", {"test_size": 2.5}, "test_size is 2.5; it must be a whole number"),
+        ("digits", {"test_size": 50}, "test_size is for load..glyphs.. only, not for 'digits'"),
         ("glyphs", {"count": 100}, "count is 100; it must be at least 216"),
         ("glyphs", {"domain": "neon"}, "domain is 'neon'.*'chalk'"),
         ("folder:", {}, "without a path"),
@@ -958,3 +962,49 @@ def test_real_photographs_in_a_folder(tmp_path):
     file = sorted((tmp_path / "cifar" / "test" / data.classes[0]).iterdir())[0]
     assert torch.equal(data.test.images[0].permute(1, 2, 0), torch.tensor(np.array(Image.open(file).convert("RGB"))))
     assert all(0.2 < m < 0.8 and 0.1 < s < 0.4 for m, s in zip(data.train.mean, data.train.std, strict=True))
+
+
+# Splits of any size, and labels that change with the images
+
+
+def test_glyph_splits_of_any_size_leave_the_others_alone():
+    usual = load("glyphs", count=600, size=16, classes="digits")
+    other = load("glyphs", count=600, size=16, classes="digits", val_size=50, test_size=700)
+    assert [len(part) for part in (other.train, other.val, other.test)] == [400, 50, 700]
+    assert torch.equal(other.train.images, usual.train.images)
+    assert other.test.labels.bincount().tolist() == [70] * 10
+    assert other.train.mean == usual.train.mean
+    few = load("glyphs", count=600, size=16, classes="digits", train_size=30, test_size=700)
+    assert torch.equal(few.test.images, other.test.images)
+    assert len(few.train) == 30
+
+
+def test_glyphs_in_two_domains_and_digits_at_glyph_size_share_classes_and_shape():
+    """So that what was learnt on one can be transferred to another."""
+    settings = {"classes": "digits", "size": 16, "count": 600}
+    one, two = (load("glyphs", domain=domain, **settings) for domain in ("print", "chalk"))
+    real = load("digits", size=16)
+    assert one.classes == two.classes == real.classes
+    assert one.input_shape == two.input_shape == real.input_shape == (1, 16, 16)
+    assert not torch.equal(one.train.images, two.train.images)
+
+
+def test_an_augmentation_may_change_the_labels():
+    def mixup(x, y, generator):
+        share = torch.rand((), generator=generator)
+        soft = torch.nn.functional.one_hot(y, 10).float()
+        return share * x + (1 - share) * x.flip(0), share * soft + (1 - share) * soft.flip(0)
+
+    def mixed(generator, augment=mixup):
+        return next(batches(load("digits").train, 8, generator=generator, augment=augment))
+
+    x, y = mixed(seeded())
+    plain_x, plain_y = next(batches(load("digits").train, 8, generator=seeded()))
+    source = seeded()
+    torch.randperm(1000, generator=source)
+    wanted_x, wanted_y = mixup(plain_x, plain_y, source)
+    assert torch.equal(x, wanted_x)
+    assert torch.equal(y, wanted_y)
+    settings = functools.partial(lambda x, y, generator, alpha: (x * alpha, y), alpha=2.0)
+    assert torch.equal(mixed(seeded(), settings)[0], 2 * plain_x)
+    assert torch.equal(mixed(seeded(), lambda x, generator, times=3: x * times)[0], 3 * plain_x)

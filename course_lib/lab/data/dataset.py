@@ -7,13 +7,20 @@ gives the same batches on every device.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+Augment = (
+    Callable[[Tensor, torch.Generator], Tensor] | Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+)
+"""``(x, generator) -> x`` on a whole batch, or ``(x, y, generator) -> (x, y)`` where labels change too (mixup, CutMix).
+
+The number of required arguments says which: settings have defaults, or are given by ``functools.partial``.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,7 @@ def batches(
     ----------
     generator : shuffles the examples; ``None`` keeps their order. A CPU generator, so that the order is the same on
         every device. Nothing else is drawn from it but what ``augment`` draws.
-    augment : ``(x, generator) -> x``, applied to each whole normalised batch.
+    augment : ``(x, generator) -> x`` or ``(x, y, generator) -> (x, y)``, applied to each whole normalised batch.
     drop_last : leaves out the last batch when it is smaller than ``batch_size``.
 
     Raises
@@ -165,13 +172,27 @@ def _batches(
     # The whole order crosses to the device once: a copy for every batch would make a GPU wait.
     order = None if generator is None else torch.randperm(count, generator=generator).to(split.device)
     scale, offset = _scale_and_offset(split, split.device)
+    with_labels = augment is not None and _required_arguments(augment) == 3
     for start in range(0, stop, batch_size):
         rows = slice(start, min(start + batch_size, stop))
         chosen = rows if order is None else order[rows]
         x = _scaled(split.images[chosen], scale, offset)
-        if augment is not None and generator is not None:
-            x = augment(x, generator)
-        yield x.to(dtype), split.labels[chosen]
+        y = split.labels[chosen]
+        if with_labels:
+            x, y = augment(x, y, generator)  # type: ignore[misc, call-arg, arg-type]
+        elif augment is not None:
+            x = augment(x, generator)  # type: ignore[assignment, call-arg, arg-type]
+        yield x.to(dtype), y
+
+
+def _required_arguments(augment: Augment) -> int:
+    """How many positional arguments a function needs; 2 where it does not say."""
+    try:
+        parameters = inspect.signature(augment).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def random_shift(x: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:

@@ -32,6 +32,8 @@ def load(
     seed: int = 0,
     folder: str | Path | None = None,
     count: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
     difficulty: float | None = None,
     domain: str | None = None,
     classes: str | None = None,
@@ -60,6 +62,9 @@ def load(
     folder : where real data sets lie or are downloaded to; default: ``runtime.data_folder()``.
     count, difficulty, domain, classes : glyphs only, see ``course_lib.lab.glyphs.generate``. Defaults: 6000 images in
         all three splits, 0.3, "print", "all" 36 classes.
+    val_size, test_size : glyphs only: draws so many for that split instead of a sixth of ``count``; nothing else
+        changes. A test split of thousands tells small differences apart:
+        ``load("glyphs", classes="digits", size=16, difficulty=0.5, train_size=1000, val_size=1000, test_size=5000)``.
 
     Raises
     ------
@@ -68,6 +73,7 @@ def load(
     DataDamaged : a file that cannot be read, named, with how to mend it
     """
     knobs = {"count": count, "difficulty": difficulty, "domain": domain, "classes": classes}
+    knobs |= {"val_size": val_size, "test_size": test_size}
     given = {key: value for key, value in knobs.items() if value is not None}
     _check(name, train_size, size, seed, given)
     root = runtime.data_folder() if folder is None else Path(folder).expanduser()
@@ -119,7 +125,15 @@ def _digits() -> tuple[Part, Part, Part, tuple[str, ...]]:
 
 
 def _glyphs(
-    size: int | None, seed: int, *, count: int, difficulty: float, domain: str, classes: str
+    size: int | None,
+    seed: int,
+    *,
+    count: int,
+    difficulty: float,
+    domain: str,
+    classes: str,
+    val_size: int | None = None,
+    test_size: int | None = None,
 ) -> tuple[Part, Part, Part, tuple[str, ...]]:
     names = tuple(glyphs.CLASSES.get(classes, ()))
     held_out = count // 6
@@ -127,8 +141,18 @@ def _glyphs(
     glyphs.check_knobs(count=count, size=size, difficulty=difficulty, domain=domain, classes=classes)
     if held_out < len(names):
         raise ValueError(f"count is {count}; it must be at least {6 * len(names)}: one image a class in each split")
+    sizes = [
+        count - 2 * held_out,
+        held_out if val_size is None else val_size,
+        held_out if test_size is None else test_size,
+    ]
+    for argument, n in (("val_size", sizes[1]), ("test_size", sizes[2])):
+        if not isinstance(n, int) or n < len(names):
+            raise ValueError(
+                f"{argument} is {n!r}; it must be a whole number, at least {len(names)}: one image a class"
+            )
     parts = []
-    for stream, n in enumerate((count - 2 * held_out, held_out, held_out)):  # a stream of its own: never the same image
+    for stream, n in enumerate(sizes):  # a stream of its own: never the same image
         images, labels = glyphs.generate(
             n, size=size, seed=(seed, stream), difficulty=difficulty, domain=domain, classes=classes
         )
