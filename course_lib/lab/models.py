@@ -7,7 +7,10 @@
 ``vit``      image patches as tokens, pre-norm transformer encoder        Dosovitskiy et al. 2020, arXiv 2010.11929
 ===========  ===========================================================  ========================================
 
-Each takes ``(input_shape, classes)`` and normalised float images ``[N, C, H, W]``, and gives logits ``[N, classes]``.
+Each takes ``(input_shape, classes)`` and normalised float images ``[N, C, H, W]``, and gives logits ``[N, classes]``;
+``mlp`` takes tables as well, ``[N, D]``. ``embedding(x)`` are the features ``[N, D]`` which ``head`` turns into logits:
+``model(x)`` is ``model.head(model.embedding(x))``. ``freeze`` keeps a part of a network as it is, ``thaw`` lets it go.
+
 Weights are drawn from torch's global generator: ``seed_everything(3)`` before the call fixes them. ``torch.fx`` can
 trace all of them, since nothing they do depends on the values that they see.
 """
@@ -26,11 +29,20 @@ from torch import Tensor, nn
 class Network(nn.Module):
     """An ``nn.Module`` that knows what goes in and what comes out."""
 
-    def __init__(self, name: str, input_shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, name: str, input_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
         self.name = name
         self.input_shape = input_shape
         self.classes = classes
+        self.head: nn.Module
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """The features ``[N, D]`` of a batch: all of the network but its last layer, ``head``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
+        return self.head(self.embedding(x))
 
     @property
     def parameter_count(self) -> int:
@@ -47,22 +59,26 @@ class Network(nn.Module):
 
 
 def mlp(input_shape: Sequence[int], classes: int, *, width: int = 128, depth: int = 2) -> MLP:
-    """A multi-layer perceptron: ``depth`` hidden layers of ``width`` units with ReLU, then one linear layer."""
-    return MLP(_checked_shape(input_shape), _at_least(1, classes=classes), _at_least(1, width=width), _depth(depth))
+    """A multi-layer perceptron: ``depth`` hidden layers of ``width`` units with ReLU, then one linear layer.
+
+    ``input_shape`` is that of an image, or ``(D,)`` for a table of ``D`` columns.
+    """
+    shape = _checked_columns(input_shape) if len(input_shape) == 1 else _checked_shape(input_shape)
+    return MLP(shape, _at_least(1, classes=classes), _at_least(1, width=width), _depth(depth))
 
 
 class MLP(Network):
     """See ``mlp``."""
 
-    def __init__(self, input_shape: tuple[int, int, int], classes: int, width: int, depth: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], classes: int, width: int, depth: int) -> None:
         super().__init__("mlp", input_shape, classes)
         sizes = [math.prod(input_shape)] + [width] * depth
         self.hidden = nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))
         self.head = nn.Linear(sizes[-1], classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
-        return self.head(self.hidden(x.flatten(1)))
+    def embedding(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` or rows ``[N, D]`` to features ``[N, width]``."""
+        return self.hidden(x.flatten(1))
 
 
 # Plain convolutional network ------------------------------------------------------------------------------------------
@@ -91,9 +107,9 @@ class ConvNet(Network):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(4 * width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
-        return self.head(self.pool(self.features(x)).flatten(1))
+    def embedding(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to features ``[N, 4 width]``."""
+        return self.pool(self.features(x)).flatten(1)
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
@@ -135,9 +151,9 @@ class ResNet(Network):
         self.head = nn.Linear(channels, classes)
         _he_initialise(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
-        return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+    def embedding(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to features ``[N, channels of the last stage]``."""
+        return self.pool(self.stages(self.stem(x))).flatten(1)
 
 
 class BasicBlock(nn.Module):
@@ -208,10 +224,10 @@ class ViT(Network):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to logits ``[N, classes]``."""
+    def embedding(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` to features ``[N, width]``, the mean over the tokens."""
         tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [N, C, H, W] -> [N, tokens, width]
-        return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
+        return self.norm(self.blocks(tokens)).mean(dim=1)
 
 
 class EncoderBlock(nn.Module):
@@ -251,6 +267,38 @@ class Attention(nn.Module):
         return self.project(mixed.transpose(1, 2).flatten(2))
 
 
+# Parts that stay as they are ------------------------------------------------------------------------------------------
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Keep a network or a part of it as it is while the rest trains; gradients still pass through. Returns it.
+
+    Its parameters want no gradient, and it computes as in evaluation even after ``model.train()``: batch norm uses its
+    running statistics and leaves them alone, dropout lets all through. Copies and pickled models stay frozen; a
+    ``state_dict`` holds weights alone, as ever.
+    """
+    thaw(module)  # so that freezing twice is freezing once
+    module.requires_grad_(False)
+    for part in module.modules():
+        part.register_forward_pre_hook(_as_in_evaluation)
+    return module.eval()
+
+
+def thaw(module: nn.Module) -> nn.Module:
+    """Undo ``freeze``, of this part and all within it: from the next ``model.train()`` on it trains. Returns it."""
+    module.requires_grad_(True)
+    for part in module.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if hook is _as_in_evaluation:
+                del part._forward_pre_hooks[key]
+    return module
+
+
+def _as_in_evaluation(module: nn.Module, args: object) -> None:
+    # A hook and not another train(): hooks are copied and pickled with the module, and no class has to change
+    module.training = False
+
+
 # Checks at the door ---------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +309,11 @@ def _checked_shape(input_shape: Sequence[int], smallest: int = 1) -> tuple[int, 
     if min(shape[1:]) < smallest:
         raise ValueError(f"input_shape must be at least {smallest} pixels high and wide here, got {input_shape!r}")
     return shape
+
+
+def _checked_columns(input_shape: Sequence[int]) -> tuple[int]:
+    (columns,) = input_shape
+    return (_at_least(1, input_shape=columns),)
 
 
 def _at_least(least: int, **arguments: int) -> int:

@@ -1,11 +1,27 @@
 """Each network has the shape, the size and the arithmetic that its name promises."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_lib.lab.models import Attention, BasicBlock, EncoderBlock, Network, convnet, mlp, resnet, vit
+from course_lib.lab.data import load
+from course_lib.lab.models import (
+    Attention,
+    BasicBlock,
+    EncoderBlock,
+    Network,
+    convnet,
+    freeze,
+    mlp,
+    resnet,
+    thaw,
+    vit,
+)
+from course_lib.lab.training import Recipe, evaluate, fit
 
 MAKERS = [mlp, convnet, resnet, vit]
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 64, 64), (2, 12, 20)]
@@ -227,6 +243,102 @@ def test_state_dict_round_trip(make, tmp_path) -> None:
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(model.eval()(x), other.eval()(x))
+
+
+# Features before the head, tables, and parts that stay as they are
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_head_turns_features_into_logits(make, shape) -> None:
+    model, x = make(shape, 7).eval(), torch.randn(3, *shape)
+    features = model.embedding(x)
+    assert features.shape == (3, model.head.in_features)
+    seen: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: seen.extend(given))
+    torch.testing.assert_close(model(x), model.head(features), rtol=0, atol=0)
+    torch.testing.assert_close(seen[0], features, rtol=0, atol=0)
+
+
+def test_names_of_weights_never_change() -> None:
+    """Stored weights and recorded runs hang on them."""
+    first = {make.__name__: next(iter(make((1, 8, 8), 10).state_dict())) for make in MAKERS}
+    assert first == {
+        "mlp": "hidden.0.weight",
+        "convnet": "features.0.weight",
+        "resnet": "stem.0.weight",
+        "vit": "position",
+    }
+    assert "embed.weight" in vit((1, 8, 8), 10).state_dict()
+
+
+def test_mlp_takes_tables() -> None:
+    model = mlp((13,), 3, width=8, depth=1)
+    assert model(torch.randn(5, 13)).shape == (5, 3)
+    assert (model.input_shape, model.parameter_count) == ((13,), 13 * 8 + 8 + 8 * 3 + 3)
+    assert repr(model).startswith("mlp: 13 -> 3 classes, 139 parameters")
+    for make in (convnet, resnet, vit):
+        with pytest.raises(ValueError, match=r"input_shape must be three positive integers .*, got \(13,\)"):
+            make((13,), 3)
+    with pytest.raises(ValueError, match="input_shape must be an integer of 1 or more, got 0"):
+        mlp((0,), 3)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_what_is_frozen_stays_while_the_rest_is_fitted(copied) -> None:
+    data, recipe = load("digits", train_size=100), Recipe(epochs=1)
+    model = convnet(data.input_shape, 10, width=4)
+    freeze(freeze(model.features))
+    model = copied(model)
+    before, expected = state(model), model.eval().embedding(torch.ones(2, 1, 8, 8))
+    fit(model, data, recipe, seed=0, progress=False)
+    assert changed(model, before) == {"head.weight", "head.bias"}
+    torch.testing.assert_close(model.train().embedding(torch.ones(2, 1, 8, 8)), expected, rtol=0, atol=0)
+
+    thaw(model.features)
+    fit(model, data, recipe, seed=0, progress=False)
+    assert changed(model, before) == set(before), "batch norm's statistics too"
+    assert 0 <= evaluate(model, data.test).accuracy <= 1
+
+
+def test_gradients_pass_through_what_is_frozen() -> None:
+    model = resnet((1, 8, 8), 10, width=4)
+    freeze(model.stages)
+    model.train()
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    assert model.stem[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.stages.parameters())
+    assert model.parameter_count == sum(p.numel() for p in [*model.stem.parameters(), *model.head.parameters()])
+
+
+def test_frozen_dropout_lets_all_through_until_it_is_thawed() -> None:
+    net = nn.Sequential(freeze(nn.Dropout(0.5)), nn.Dropout(0.0)).train()
+    x = torch.ones(1000)
+    assert torch.equal(net(x), x)
+    thaw(net).train()
+    assert not torch.equal(net(x), x)
+
+
+def test_freezing_leaves_the_hooks_of_others_alone() -> None:
+    layer, seen = nn.Linear(2, 2), []
+    layer.register_forward_pre_hook(lambda *_: seen.append(1))
+    thaw(freeze(layer))(torch.ones(1, 2))
+    assert seen == [1]
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_fx_traces_what_is_frozen(make) -> None:
+    model, x = freeze(make((1, 8, 8), 10)), torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model).train()(x), model(x), rtol=0, atol=0)
 
 
 # Bad arguments
