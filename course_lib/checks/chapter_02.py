@@ -1,16 +1,22 @@
-"""Checks of chapter 2, optimizers: a momentum step, an Adam step, AdamW's decay, and Muon's orthogonalisation.
+"""Checks of chapter 2, optimizers: four rules to write, a figure to read, a bug to find, a run to design.
 
 The update rules are written out here once more, in float64 and with each usual mistake beside them, so that a check
 depends neither on the chapter's module nor on what the learner imports.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from course_lib.lab.data import Dataset, load
 from course_lib.lab.exercises import Wrong, call, close, expect_close, expect_unchanged
+from course_lib.lab.models import mlp
+from course_lib.lab.training import Diverged, Recipe, evaluate, fit, fresh
 
 Rule = Callable[..., Any]
 Mistake = tuple[Rule, str, Sequence[str]]  # the mistaken rule, what is wrong with it, hints
@@ -487,3 +493,118 @@ def _why_not_orthogonal(answer: Any, g: Tensor, found: Tensor, values: Tensor, k
             "With A = X X^T, the step is a X + (b A + c A A) X. Check which coefficient stands where.",
         ],
     )
+
+
+def exercise_5(answer: Any) -> None:
+    """Which line is Lion's? A figure to read."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not all(isinstance(a, str) for a in answer):
+        raise Wrong("wanted are the letter of a line and that of a reason", 'For instance: line, reason = "A", "a"')
+    line, reason = answer[0].strip().upper(), answer[1].strip(" )").lower()
+    if line not in _LINES or reason not in _REASONS:
+        raise Wrong(f"there is no line {answer[0]!r} with the reason {answer[1]!r}", "Lines A to D, reasons a to d.")
+    if line != "C":
+        raise Wrong(f"line {line} {_LINES[line]}", "How long is a step of Lion near the minimum?")
+    if reason != "b":
+        raise Wrong(f"the line is right, the reason is not: {_REASONS[reason]}", "What does the sign throw away?")
+
+
+_LINES = {
+    "A": "goes on falling: its steps become shorter with the gradient",
+    "B": "swings as it falls, and settles",
+    "C": "",
+    "D": "falls by one factor a step in the end, and so goes on",
+}
+_REASONS = {
+    "a": "that is gradient descent on a bowl",
+    "b": "",
+    "c": "Lion divides by nothing",
+    "d": "that is momentum, and it settles in the end",
+}
+
+
+# Exercise 6: Lion
+
+
+def exercise_6(answer: Any) -> None:
+    """Find the bug: a step of Lion."""
+    cases = [
+        (*_tensors(61, (6,), 3), 0.01, (0.9, 0.99)),
+        (*_tensors(62, (3, 4), 3), 0.1, (0.5, 0.8)),
+        (*_tensors(63, (40,), 3), 0.02, (0.8, 0.3)),  # here most signs differ between the mistakes
+    ]
+    on = ["a vector of weights", "a matrix of weights", "a momentum that forgets fast"]
+    _judge(answer, _lion, ("the new w", "the new m"), _LION_MISTAKES, cases[::-1], on[::-1])
+
+
+def _lion(w: Tensor, g: Tensor, m: Tensor, lr: float, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    update = betas[0] * m + (1 - betas[0]) * g
+    return w - lr * update.sign(), betas[1] * m + (1 - betas[1]) * g
+
+
+def _lion_of_new(w: Tensor, g: Tensor, m: Tensor, lr: float, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    m = betas[1] * m + (1 - betas[1]) * g
+    return w - lr * (betas[0] * m + (1 - betas[0]) * g).sign(), m
+
+
+_LION_MISTAKES: list[Mistake] = [
+    (
+        _lion_of_new,
+        "the step mixes the gradient into the new momentum, which holds it already",
+        ["Which m should the mixture see: the one handed in, or the one handed back?", "Update m last."],
+    ),
+    (
+        lambda w, g, m, lr, betas: (_lion(w, g, m, lr, betas)[0], betas[0] * m + (1 - betas[0]) * g),
+        "the mixture of the step is kept as the momentum",
+        ["The step mixes with the first beta, the momentum with the second."],
+    ),
+    (
+        lambda w, g, m, lr, betas: _lion(w, g, m, lr, betas[::-1]),
+        "the two betas are swapped",
+        ["betas is (for the step, for the momentum)."],
+    ),
+    (
+        lambda w, g, m, lr, betas: (_lion(w, g, m, lr, betas)[0], m),
+        "your function returns the old m",
+        ["The next step needs the momentum that this one made."],
+    ),
+]
+
+
+# Exercise 7: a run to design
+
+BASE = Recipe(epochs=6, batch_size=100, precision="float64")
+SMALLEST_ACCURACY = 0.77
+HIDDEN_SEEDS = (801, 802, 803)
+
+
+def exercise_7(answer: Any) -> None:
+    """Design a run: sixty steps to 0.77, by the optimizer alone."""
+    if not isinstance(answer, Recipe):
+        raise Wrong("wanted is a Recipe", "For instance: mine = replace(base, optimizer=partial(Adam, lr=0.003))")
+    others = [f.name for f in fields(Recipe) if f.name != "optimizer"]
+    changed = [name for name in others if getattr(answer, name) != getattr(BASE, name)]
+    if changed:
+        raise Wrong(f"besides the optimizer you changed {', '.join(changed)}", "Start from replace(base, optimizer=…).")
+    scores = []
+    for seed in HIDDEN_SEEDS:
+        data = _hidden_digits(seed)
+        try:
+            network = fresh(functools.partial(mlp, data.input_shape, len(data.classes), width=64), answer, seed=seed)
+            fit(network, data, answer, seed=seed, progress=False)
+        except Diverged as error:
+            raise Wrong(f"the run diverged: {error}", "A smaller learning rate.") from None
+        except Exception as error:  # an optimizer of the learner's own may fail in any way
+            raise Wrong(f"training with it raised {type(error).__name__}: {error}") from None
+        scores.append(evaluate(network, data.test).accuracy)
+    if np.mean(scores) < SMALLEST_ACCURACY:
+        raise Wrong(
+            f"a mean accuracy of {np.mean(scores):.3f} on {len(scores)} hidden data sets; wanted is at least "
+            f"{SMALLEST_ACCURACY}", ("Which methods lead the race of section 5.2, and at which rates?",
+                                     "The hidden layers are matrices."),
+        )  # fmt: skip
+
+
+@functools.cache
+def _hidden_digits(seed: int) -> Dataset:
+    data = load("glyphs", classes="digits", size=16, difficulty=0.5, count=6000, train_size=1000, seed=seed)
+    return replace(data, val=data.val.subset(torch.arange(100)))

@@ -1,16 +1,28 @@
 """Checks of chapter 2: right answers pass, each usual mistake gets its own hint, stubs are not attempted."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from course_lib.checks import chapter_02
+from course_lib.lab import Recipe
 from course_lib.lab.exercises import check
+from course_lib.optimizers import SGD, AdamW, Composite, Muon
 from tests.checks import checking
 
 pytestmark = pytest.mark.usefixtures("unknown_learner")
 
 
-EXERCISES = {"02.1": "momentum_step", "02.2": "adam_step", "02.3": "adamw_step", "02.4": "orthogonalise"}
+FUNCTIONS = {
+    "02.1": "momentum_step",
+    "02.2": "adam_step",
+    "02.3": "adamw_step",
+    "02.4": "orthogonalise",
+    "02.6": "lion_step",
+}
+BASE = Recipe(epochs=6, batch_size=100, precision="float64")
 
 
 def with_torch(kind, w, g, state, t, **settings):
@@ -71,9 +83,35 @@ def newton_schulz(g, steps, coefficients=(3.4445, -4.7750, 2.0315), dtype=torch.
     return x.T if tall else x
 
 
+def lion(w, g, m, lr, betas):
+    return w - lr * torch.lerp(g, m, betas[0]).sign(), torch.lerp(g, m, betas[1])
+
+
+def given_lion(w, g, m, lr, betas):
+    m = lion(w, g, m, lr, betas)[1]
+    return lion(w, g, m, lr, betas)[0], m
+
+
+def muon_and_adamw(named_parameters, lr):
+    parameters = [p for _, p in named_parameters]
+    hidden = [p for p in parameters if p.ndim == 2][:-1]
+    rest = [p for p in parameters if not any(p is h for h in hidden)]
+    return Composite(Muon(hidden, lr=lr, weight_decay=0.0), AdamW(rest, lr=0.003))
+
+
+def printed():
+    """The solutions that the notebook prints, with what its cells have defined."""
+    return checking.printed_solutions(
+        "02_optimizers.ipynb", replace=replace, partial=partial, base=BASE, muon_and_adamw=muon_and_adamw
+    )
+
+
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
+        ("02.5", ("C", "b")),
+        ("02.5", [" c", "b)"]),
+        ("02.6", lion),
         ("02.1", momentum),
         ("02.1", torch_momentum),
         ("02.2", adam),
@@ -219,6 +257,23 @@ MISTAKES = [
     ("02.3", forgotten, "no weight decay", "w itself"),
     ("02.3", adamw_uncorrected, "bias correction is missing", "start at zero"),
     ("02.3", lambda *a: adamw(*a)[0], "returns only w", "return w, m, v"),
+    ("02.5", ("A", "b"), "line A goes on falling", "near the minimum"),
+    ("02.5", ("B", "b"), "swings as it falls", "near the minimum"),
+    ("02.5", ("D", "a"), "one factor a step", "near the minimum"),
+    ("02.5", ("C", "a"), "reason is not: that is gradient descent", "sign"),
+    ("02.5", ("C", "c"), "reason is not: Lion divides", "sign"),
+    ("02.5", ("C", "d"), "reason is not: that is momentum", "sign"),
+    ("02.5", ("E", "b"), "no line 'E'", "A to D"),
+    ("02.5", "C", "letter of a line", "for instance|For instance"),
+    ("02.6", given_lion, "holds it already", "handed in"),
+    ("02.6", lambda w, g, m, lr, betas: lion(w, g, m, lr, betas[::-1]), "betas are swapped", "for the step"),
+    ("02.6", lambda *a: (lion(*a)[0], a[2]), "returns the old m", "this one made"),
+    ("02.6", lambda *a: (lion(*a)[0], torch.lerp(a[1], a[2], a[4][0])), "kept as the momentum", "second"),
+    ("02.7", 3, "wanted is a Recipe", "replace"),
+    ("02.7", replace(BASE, epochs=7, batch_size=50), "changed epochs, batch_size", "Start from"),
+    ("02.7", replace(BASE, optimizer=partial(SGD, lr=0.1)), "a mean accuracy of", "lead the race"),
+    ("02.7", replace(BASE, optimizer=partial(SGD, lr=1e12)), "diverged|a mean accuracy", "smaller|lead"),
+    ("02.7", replace(BASE, optimizer=lambda parameters: 1 / 0), "raised ZeroDivisionError", ""),
     ("02.4", unnormalised, "depends on the scale", "from 0 to 1"),
     ("02.4", lambda g, steps: unnormalised(g.T, steps).T, "depends on the scale", "from 0 to 1"),
     ("02.4", lambda g, steps: newton_schulz(g, steps, (1.5, -0.5, 0.0)), "cubic", "How many steps"),
@@ -242,23 +297,36 @@ def test_no_two_mistakes_look_alike_on_the_first_hidden_input():
         (chapter_02._MOMENTUM_MISTAKES, (*chapter_02._tensors(1, (5,), 3), 0.1, 0.9)),
         (chapter_02._ADAM_MISTAKES, chapter_02._adam_cases()[0]),
         (chapter_02._ADAMW_MISTAKES, (*chapter_02._adam_cases()[0], 0.5)),
+        (chapter_02._LION_MISTAKES, (*chapter_02._tensors(63, (40,), 3), 0.02, (0.8, 0.3))),
     ):
         checking.assert_no_two_alike([rule(*case) for rule, _, _ in mistakes])
 
 
-@pytest.mark.parametrize("exercise", EXERCISES)
+@pytest.mark.parametrize("exercise", FUNCTIONS)
 @pytest.mark.parametrize("answer", checking.STUBS)
 def test_stubs_are_not_attempted(exercise, answer):
     checking.assert_not_attempted(exercise, answer)
 
 
-@pytest.mark.parametrize("exercise", EXERCISES)
+@pytest.mark.parametrize("exercise", FUNCTIONS)
 @pytest.mark.parametrize("answer", checking.USELESS)
 def test_any_other_answer_is_told_what_is_wrong(exercise, answer):
     checking.assert_told_what_is_wrong(exercise, answer)
 
 
-@pytest.mark.parametrize(("exercise", "name"), EXERCISES.items())
+@pytest.mark.parametrize(("exercise", "name"), FUNCTIONS.items())
 def test_the_printed_solutions_pass(exercise, name):
-    found = check(exercise, checking.printed_solutions("02_optimizers.ipynb")[name])
+    found = check(exercise, printed()[name])
     assert found.state == "passed", found
+
+
+def test_the_other_printed_solutions_pass():
+    solutions = printed()
+    assert check("02.5", (solutions["line"], solutions["reason"])).state == "passed"
+    found = check("02.7", solutions["mine"])
+    assert found.state == "passed", found
+
+
+@pytest.mark.parametrize(("exercise", "answer"), [("02.5", (..., ...)), ("02.7", ...)])
+def test_what_is_no_function_is_not_attempted_either(exercise, answer):
+    checking.assert_not_attempted(exercise, answer)
