@@ -1,17 +1,22 @@
-"""Checks of chapter 8, pruning: masks by magnitude and by the 2:4 pattern, a schedule, and the removal of dead units.
+"""Checks of chapter 8, pruning: masks, a schedule, the removal of dead units, a figure to read, a bug, a design.
 
 The right answers are written out here once more, with each usual mistake beside them, so that a check depends neither
 on the chapter's module nor on what the learner imports. Where equal magnitudes leave a choice, a mask is judged by how
 many weights it keeps and how large they are; a network without its dead units, by what it computes.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from course_lib.lab.data import Dataset, load
 from course_lib.lab.exercises import Wrong, call, close, expect_close, expect_unchanged
+from course_lib.lab.models import mlp
+from course_lib.lab.training import Recipe, evaluate, fit, fresh
 
 Rule = Callable[..., Any]
 Mistake = tuple[Rule, str, Sequence[str]]  # the mistaken rule, what is wrong with it, hints
@@ -111,6 +116,147 @@ def exercise_4(answer: Any) -> None:
             hint=["Which of your lines writes into a tensor that the caller still needs?",
                   "b2 += … changes the caller's tensor; a plain + makes a new one."],
         )  # fmt: skip
+
+
+def exercise_5(answer: Any) -> None:
+    """Whose pruning was worth it? A figure to read."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not all(isinstance(a, str) for a in answer):
+        raise Wrong("wanted are a name and the letter of a reason", 'For instance: name, reason = "Ada", "a"')
+    name, reason = answer[0].strip().capitalize(), answer[1].strip(" )").lower()
+    if name not in _READINGS or reason not in _REASONS:
+        raise Wrong(f"there is no {answer[0]!r} with the reason {answer[1]!r}", "Four names, and the letters a to d.")
+    if name != "Cleo":
+        raise Wrong(_READINGS[name], "Which dense network would you have trained instead, and how good is that?")
+    if reason != "c":
+        raise Wrong(f"the name is right, the reason is not: {_REASONS[reason]}", "What is each square compared with?")
+
+
+_READINGS = {
+    "Ada": "Ada's network is the most accurate of all, and as slow as the dense one: 90% zeros saved no time",
+    "Ben": "Ben's network is half as slow, and a small network, trained as it was, is better still",
+    "Cleo": "",
+    "Dan": "Dan's two intervals overlap by more than half: his runs cannot tell whether pruning gained anything",
+}
+_REASONS = {
+    "a": "most accurate of all is the one that saved no time",
+    "b": "how many weights are gone is not what anybody waits for",
+    "c": "",
+    "d": "losing little against the dense network is nothing if a small network loses less",
+}
+
+
+def exercise_6(answer: Any) -> None:
+    """Find the bug: a second round of pruning."""
+    for seed, fraction in ((71, 0.5), (72, 0.25), (73, 0.1)):
+        weight = _weights(seed, 8, 10)
+        first = _magnitude_mask(_weights(seed + 10, 8, 10), 0.4)  # pruned weights may keep their old size below a mask
+        for on, mask in {"a first round": torch.ones_like(first), "a later round": first}.items():
+            on = f"{on}, fraction {fraction:g}"
+            found = _mask(call(answer, weight, mask, fraction, on=on), weight, on)
+            if torch.equal(found, _prune_again(weight, mask, fraction)):
+                continue
+            if not mask.all():
+                _recognise(found, (weight, mask, fraction), _ROUND_MISTAKES, on)
+            raise Wrong(
+                f"your mask keeps {int(found.sum())} weights, and not those that it should (on {on})",
+                ["Of those that are left, which go? How many is that?"],
+            )
+    inputs = _weights(71, 8, 10), _magnitude_mask(_weights(81, 8, 10), 0.4), 0.5
+    expect_unchanged(answer, *inputs, on="a later round", hint="mask.clone() leaves the caller's mask alone.")
+
+
+def _prune_again(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    left = int(mask.sum())
+    return _top(weight.abs().masked_fill(~mask, -1), left - round(fraction * left))
+
+
+_ROUND_MISTAKES: list[Mistake] = [
+    (
+        lambda weight, mask, fraction: mask & _magnitude_mask(weight, fraction),
+        "too few weights go: weights that were pruned before are chosen again, and counted",
+        ["Print how many of the chosen ones were there before.", "Those that are gone must not take part."],
+    ),
+    (
+        lambda weight, mask, fraction: mask & _top(weight.abs(), mask.numel() - round(fraction * int(mask.sum()))),
+        "the number is right now, but some of the chosen ones were gone before",
+        ["masked_fill can put those that are gone out of reach."],
+    ),
+    (
+        lambda weight, mask, fraction: _top(
+            weight.abs().masked_fill(~mask, -1), max(int(mask.sum()) - round(fraction * mask.numel()), 0)
+        ),
+        "the fraction is taken of all weights, not of those that are left",
+        ["A half, and then a half of what is left: how many are there after two rounds?"],
+    ),
+    (
+        lambda weight, mask, fraction: _magnitude_mask(weight, fraction),
+        "weights that were pruned before come back",
+        ["True only where the old mask is true as well."],
+    ),
+]
+
+LARGEST_EPOCHS, SMALLEST_ACCURACY, HIDDEN_SEEDS = 5, 0.745, (101, 102, 103, 104)
+
+
+def exercise_7(answer: Any) -> None:
+    """Design a pruning: 0.745 with one weight in twenty, five epochs later."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != 3 or not isinstance(answer[2], Recipe):
+        raise Wrong(
+            "wanted are three things: a criterion, a pattern, a recipe",
+            "For instance: mine = pruning.snip, pruning.layer_unstructured, tuning",
+        )
+    criterion, pattern, recipe = answer
+    if recipe.epochs > LARGEST_EPOCHS:
+        raise Wrong(f"{recipe.epochs} epochs; the budget is {LARGEST_EPOCHS}", "More of the same is not allowed.")
+    data, scores = _hidden_data(), []
+    for seed in HIDDEN_SEEDS:
+        model = copy.deepcopy(_hidden_network(seed))
+        try:
+            masks = pattern(criterion(model, data.train), 0.95)
+            left = sum(int(mask.sum()) for mask in masks.values())
+            if left > 0.0501 * sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)):
+                raise Wrong(f"{left} weights are left, more than one in twenty", "Does the pattern cover each layer?")
+            _masked(model, masks)
+            fit(model, data, recipe, seed=seed, progress=False)
+        except Wrong:
+            raise
+        except Exception as error:  # what the learner wrote may fail in any way
+            raise Wrong(f"your design raised {type(error).__name__}: {error}") from None
+        scores.append(evaluate(model, data.test).accuracy)
+    if (mean := sum(scores) / len(scores)) < SMALLEST_ACCURACY:
+        raise Wrong(
+            f"a mean accuracy of {mean:.3f} over {len(scores)} hidden seeds; wanted is at least {SMALLEST_ACCURACY}",
+            ["Which criterion and which pattern did best in sections 5.1 and 5.3? The rest is the recipe.",
+             "Five epochs are few: smaller batches make more steps of them, and the last steps should be small."],
+        )  # fmt: skip
+
+
+def _masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Weights outside the masks are zero, and stay so."""
+    for name, mask in masks.items():
+        nn.utils.parametrize.register_parametrization(model.get_submodule(name), "weight", _Times(mask))
+
+
+class _Times(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@functools.cache
+def _hidden_data() -> Dataset:
+    return load("glyphs", classes="digits", size=16, difficulty=0.5, count=12_000, train_size=1000, seed=8)
+
+
+@functools.cache
+def _hidden_network(seed: int) -> nn.Module:
+    data, recipe = _hidden_data(), Recipe(epochs=15, batch_size=100, precision="float64", validate_every=100)
+    model = fresh(functools.partial(mlp, data.input_shape, len(data.classes), width=64), recipe, seed=seed)
+    fit(model, data, recipe, seed=seed, progress=False)
+    return model
 
 
 def _recognise(found: Any, case: tuple[Any, ...], mistakes: Sequence[Mistake], on: str) -> None:

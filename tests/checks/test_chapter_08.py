@@ -2,18 +2,29 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import prune
 
+from course_lib import pruning
 from course_lib.checks import chapter_08
+from course_lib.lab import Recipe, exercises
 from course_lib.lab.exercises import check
 from tests.checks import checking
 
-EXERCISES = {"08.1": "magnitude_mask", "08.2": "two_of_four", "08.3": "sparsity_at", "08.4": "remove_units"}
+EXERCISES = {
+    "08.1": "magnitude_mask",
+    "08.2": "two_of_four",
+    "08.3": "sparsity_at",
+    "08.4": "remove_units",
+    "08.6": "prune_again",
+}
 
+
+TUNING = Recipe(epochs=3, batch_size=100, precision="float64", validate_every=100)
 
 pytestmark = pytest.mark.usefixtures("unknown_learner")
 
@@ -45,6 +56,14 @@ def remove_units(w1, b1, w2, b2):
     alive = (w1 != 0).any(dim=1)
     constant = w2[:, ~alive] @ b1[~alive].relu()
     return w1[alive], b1[alive], w2[:, alive], b2 + constant
+
+
+def prune_again(weight, mask, fraction):
+    left = int(mask.sum())
+    scores = weight.abs().masked_fill(~mask, float("inf"))
+    new = mask.clone()
+    new.view(-1)[scores.flatten().topk(round(fraction * left), largest=False).indices] = False
+    return new
 
 
 # The same in other ways
@@ -100,6 +119,14 @@ def remove_units_in_a_loop(w1, b1, w2, b2):
     return [w1[stay], b1[stay], w2[:, stay], b2]
 
 
+def prune_again_in_a_loop(weight, mask, fraction):
+    new = mask.clone()
+    there = sorted((abs(weight[place].item()), place) for place in map(tuple, mask.nonzero().tolist()))
+    for _, place in there[: round(fraction * len(there))]:
+        new[place] = False
+    return new
+
+
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
@@ -113,6 +140,10 @@ def remove_units_in_a_loop(w1, b1, w2, b2):
         ("08.3", sparsity_at_in_branches),
         ("08.4", remove_units),
         ("08.4", remove_units_in_a_loop),
+        ("08.5", ("Cleo", "c")),
+        ("08.5", ["cleo ", "C)"]),
+        ("08.6", prune_again),
+        ("08.6", prune_again_in_a_loop),
     ],
 )
 def test_right_answers_pass(exercise, answer):
@@ -274,6 +305,34 @@ def folded_in_place(w1, b1, w2, b2):
     return w1_new, b1_new, w2_new, b2.copy_(b2_new)
 
 
+def as_given(weight, mask, fraction):
+    new = mask.clone()
+    new.view(-1)[weight.abs().flatten().topk(round(fraction * weight.numel()), largest=False).indices] = False
+    return new
+
+
+def counted_right(weight, mask, fraction):
+    new = mask.clone()
+    new.view(-1)[weight.abs().flatten().topk(round(fraction * int(mask.sum())), largest=False).indices] = False
+    return new
+
+
+def of_all(weight, mask, fraction):
+    return prune_again(weight, mask, min(fraction * weight.numel() / int(mask.sum()), 1))
+
+
+def revived(weight, mask, fraction):
+    return as_given(weight, torch.ones_like(mask), fraction)
+
+
+def not_the_smallest(weight, mask, fraction):
+    return prune_again(1 / weight, mask, fraction)
+
+
+def in_place_again(weight, mask, fraction):
+    return mask.copy_(prune_again(weight, mask, fraction))
+
+
 MISTAKES = [
     ("08.1", lambda *case: ~magnitude_mask(*case), "True where a weight is removed", r"weight \* mask"),
     ("08.1", signed, "every large negative weight is lost", "matters more"),
@@ -346,12 +405,32 @@ MISTAKES = [
     ("08.4", lambda *case: remove_units(*case)[:3], "should return 4 values .* and returns 3 values", "two layers"),
     ("08.4", lambda *case: remove_units(*case)[0], "and returns one value", "two layers"),
     ("08.4", lambda *case: (*remove_units(*case)[:3], 0 * case[3]), "output of the smaller network", "Which units"),
+    ("08.5", ("Ada", "c"), "90% zeros saved no time", "Which dense network"),
+    ("08.5", ("Ben", "c"), "is better still", "Which dense network"),
+    ("08.5", ("Dan", "c"), "cannot tell", "Which dense network"),
+    ("08.5", ("Cleo", "a"), "the reason is not: most accurate", "compared with"),
+    ("08.5", ("Cleo", "b"), "the reason is not: how many", "compared with"),
+    ("08.5", ("Cleo", "d"), "the reason is not: losing little", "compared with"),
+    ("08.5", ("Eve", "c"), "there is no 'Eve'", "Four names"),
+    ("08.5", "Cleo", "a name and the letter", "For instance"),
+    ("08.6", as_given, "are chosen again, and counted", "how many of the chosen"),
+    ("08.6", counted_right, "the number is right now", "out of reach"),
+    ("08.6", of_all, "taken of all weights", "after two rounds"),
+    ("08.6", revived, "come back", "old mask"),
+    ("08.6", not_the_smallest, "not those that it should", "Of those that are left"),
+    ("08.6", in_place_again, "changes its argument mask in place", "clone"),
+    ("08.7", Recipe(epochs=2), "three things", "For instance"),
+    ("08.7", (pruning.magnitude, pruning.global_unstructured, replace(TUNING, epochs=6)), "6 epochs", "the same"),
+    ("08.7", (pruning.magnitude, pruning.global_unstructured, TUNING), "mean accuracy of 0.7", "Which criterion"),
+    ("08.7", (pruning.snip, pruning.layer_unstructured, TUNING), "mean accuracy of 0.", "Which criterion"),
+    ("08.7", (pruning.magnitude, lambda s, _: pruning.global_unstructured(s, 0.9), TUNING), "are left", "Does"),
     ("08.4", folded_in_place, "changes its argument b2 in place", "writes into"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("exercise", "answer", "message", "hint"), MISTAKES)
-def test_each_usual_mistake_gets_its_own_hint(exercise, answer, message, hint):
+def test_each_usual_mistake_gets_its_own_hint(exercise, answer, message, hint, monkeypatch):
+    monkeypatch.setattr(exercises, "_hints_given", {})
     checking.assert_hinted(exercise, answer, message, hint)
 
 
@@ -360,6 +439,7 @@ LISTS = {
     "08.2": chapter_08._PATTERN_MISTAKES,
     "08.3": chapter_08._CURVE_MISTAKES,
     "08.4": chapter_08._DEAD_MISTAKES,
+    "08.6": chapter_08._ROUND_MISTAKES,
 }
 
 
@@ -399,7 +479,30 @@ def test_any_other_answer_is_told_what_is_wrong(exercise, answer):
     checking.assert_told_what_is_wrong(exercise, answer)
 
 
+def printed():
+    names = {"torch": torch, "pruning": pruning, "replace": replace, "tuning": TUNING}
+    return checking.printed_solutions("08_pruning.ipynb", **names)
+
+
 @pytest.mark.parametrize(("exercise", "name"), EXERCISES.items())
 def test_the_printed_solutions_pass(exercise, name):
-    found = check(exercise, checking.printed_solutions("08_pruning.ipynb", torch=torch)[name])
+    found = check(exercise, printed()[name])
     assert found.state == "passed", found
+
+
+def test_the_printed_reading_and_design_pass():
+    solutions = printed()
+    assert check("08.5", (solutions["name"], solutions["reason"])).state == "passed"
+    found = check("08.7", solutions["mine"])
+    assert found.state == "passed", found
+
+
+@pytest.mark.parametrize(("exercise", "answer"), [("08.5", (..., ...)), ("08.5", ("Cleo", ...)), ("08.7", ...)])
+def test_dots_are_not_attempted(exercise, answer):
+    checking.assert_not_attempted(exercise, answer)
+
+
+@pytest.mark.parametrize("exercise", ["08.5", "08.7"])
+@pytest.mark.parametrize("answer", checking.USELESS)
+def test_useless_designs_and_readings_are_told_what_is_wrong(exercise, answer):
+    checking.assert_told_what_is_wrong(exercise, answer)
