@@ -20,6 +20,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from course_lib.lab.data import DataDamaged, DataUnavailable, Split, batches, do
 from course_lib.lab.data.dataset import channel_statistics
 from course_lib.lab.data.resizing import resize
 from course_lib.lab.data.splits import stratified_order
+from course_lib.lab.models import convnet, freeze, mlp
+from course_lib.lab.training import Recipe, evaluate, fit, fresh
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("COURSE_SHARED", CHECKOUT.parent / "shared")) / "data"
@@ -163,7 +166,8 @@ def test_an_unknown_name_suggests_the_nearest(name, nearest):
 
 def test_a_name_near_nothing_lists_them_all():
     with pytest.raises(
-        ValueError, match=r"'digits', 'glyphs', 'mnist', 'fashion_mnist', 'cifar10' and 'folder:PATH'\.$"
+        ValueError,
+        match=r"'digits', 'glyphs', 'wine', 'breast_cancer', 'mnist', 'fashion_mnist', 'cifar10' and 'folder:PATH'\.$",
     ):
         load("xyzzy")
 
@@ -184,6 +188,8 @@ def test_a_name_near_nothing_lists_them_all():
         ("digits", {"test_size": 50}, "test_size is for load..glyphs.. only, not for 'digits'"),
         ("glyphs", {"count": 100}, "count is 100; it must be at least 216"),
         ("glyphs", {"domain": "neon"}, "domain is 'neon'.*'chalk'"),
+        ("wine", {"size": 16}, "size is 16; it is for images, and 'wine' is a table"),
+        ("wine", {"train_size": 107}, "train_size is 107; it must be 3 .* to 106"),
         ("folder:", {}, "without a path"),
     ],
 )
@@ -277,6 +283,10 @@ def test_a_constant_channel_is_not_divided_by_zero():
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 4, "augment": random_shift}, "augment needs generator"),
+        (
+            {"batch_size": 4, "generator": seeded(), "augment": lambda x, y, generator, alpha: (x, y)},
+            r"augment takes \(x, y, generator, alpha\); it must take \(x, generator\) or \(x, y, generator\)",
+        ),
     ],
 )
 def test_bad_batches_are_refused_at_the_call(arguments, message):
@@ -1008,3 +1018,167 @@ def test_an_augmentation_may_change_the_labels():
     settings = functools.partial(lambda x, y, generator, alpha: (x * alpha, y), alpha=2.0)
     assert torch.equal(mixed(seeded(), settings)[0], 2 * plain_x)
     assert torch.equal(mixed(seeded(), lambda x, generator, times=3: x * times)[0], 3 * plain_x)
+
+
+def test_glyphs_are_drawn_where_train_size_needs_more_than_count_gives():
+    settings = {"size": 16, "classes": "digits"}
+    usual, more = (load("glyphs", count=60, **settings, **few) for few in ({}, {"train_size": 300}))
+    assert [len(part) for part in parts(more)] == [300, 10, 10]
+    assert set(rows_of(usual.train.images)) < set(rows_of(more.train.images))
+    assert torch.equal(more.test.images, usual.test.images)
+    asked = load("glyphs", difficulty=0.5, train_size=1000, val_size=1000, test_size=5000, **settings)
+    assert [len(part) for part in parts(asked)] == [1000, 1000, 5000]
+
+
+def test_a_domain_is_a_shift_and_what_was_learnt_on_glyphs_serves_real_digits():
+    settings = {"classes": "digits", "size": 16, "count": 6000}
+    chalk, ink = (load("glyphs", domain=domain, **settings) for domain in ("chalk", "print"))
+    assert torch.equal(chalk.test.labels, ink.test.labels)
+    recipe = Recipe(epochs=6, batch_size=25, optimizer=functools.partial(torch.optim.Adam, lr=0.003))
+    untrained, model = (fresh(functools.partial(convnet, (1, 16, 16), 10, width=8), recipe, seed=0) for _ in range(2))
+    fit(model, chalk, recipe, seed=0, progress=False)
+    few = load("digits", size=16, train_size=50)
+    at_home, abroad, real = (evaluate(model, data.test).accuracy for data in (chalk, ink, few))
+    assert at_home > 0.75
+    assert abroad < at_home - 0.4
+    assert real > 0.35
+
+    def probed(model):
+        """A new head on frozen features, from 50 labels."""
+        freeze(model.features)
+        model.head.reset_parameters()
+        fit(model, few, replace(recipe, epochs=20), seed=0, progress=False)
+        return evaluate(model, few.test).accuracy
+
+    assert probed(model) > probed(untrained) + 0.2
+
+
+# Inputs that are no images, and inputs in parts
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "columns"), [("wine", [106, 36, 36], 13), ("breast_cancer", [341, 114, 114], 30)]
+)
+def test_tables_are_split_whole_and_standardised_by_the_training_rows(name, sizes, columns):
+    import sklearn.datasets
+
+    data, bunch = load(name), getattr(sklearn.datasets, f"load_{name}")()
+    assert [len(part) for part in parts(data)] == sizes
+    assert (data.input_shape, data.classes) == ((columns,), tuple(bunch.target_names))
+    rows = torch.cat([torch.cat([part.inputs, part.labels[:, None].float()], 1) for part in parts(data)])
+    expected = torch.from_numpy(np.column_stack([bunch.data, bunch.target])).float()
+    assert rows_of(rows) == rows_of(expected)
+    share = torch.from_numpy(bunch.target).bincount() / len(bunch.target)
+    for part in parts(data):
+        assert ((part.labels.bincount() - share * len(part)).abs() <= 2).all()
+    before = data.train.inputs.clone()
+    x, _ = next(batches(data.train, len(data.train)))
+    torch.testing.assert_close(x.mean(0), torch.zeros(columns), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(columns), rtol=0, atol=1e-4)
+    assert torch.equal(data.train.inputs, before), "a batch in order is a view: the split itself must not be scaled"
+    other, _ = next(batches(data.test, 5))
+    torch.testing.assert_close(other, (data.test.inputs[:5] - before.mean(0)) / before.std(0, correction=0))
+    assert len(load(name, train_size=20).train) == 20
+
+
+def test_a_table_is_learnt():
+    data = load("wine")
+    model = mlp(data.input_shape, 3, width=16)
+    fit(model, data, Recipe(epochs=20), seed=0, progress=False)
+    assert evaluate(model, data.test).accuracy > 0.85
+    assert repr(data) == "wine: rows of 13 numbers, 3 classes; train 106, val 36, test 36; on cpu"
+    with pytest.raises(AttributeError, match="are not images: read .inputs"):
+        data.train.images  # noqa: B018
+
+
+class TwoViews(torch.nn.Module):
+    """Halves of an image, one of them as plain numbers, through a network each."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.left, self.right = (mlp(shape, 10, width=32, depth=1) for shape in shapes)
+
+    def forward(self, x):
+        left, right = x
+        return self.left(left) + self.right(right)
+
+
+def halves(images):
+    return images[..., :4], images[..., 4:].flatten(1).float()
+
+
+def test_inputs_in_parts_go_through_the_whole_laboratory():
+    whole = load("digits", train_size=300)
+    data = whole.with_inputs(halves)
+    assert data.input_shape == ((1, 8, 4), (32,))
+    assert repr(data.train) == "Split(300 images 1×8×4 + rows of 32 numbers, on cpu)"
+    split = data.train.subset(torch.arange(7))
+    (left, right), y = next(batches(split, 7, dtype=torch.float64))
+    pixels = whole.train.images.double() / 255
+    expected = pixels[:7, :, :, :4] - pixels[..., :4].mean()
+    torch.testing.assert_close(left, expected / pixels[..., :4].std(correction=0), rtol=0, atol=1e-5)
+    columns = whole.train.images[..., 4:].flatten(1).double()
+    spread = columns.std(0, correction=0)
+    expected = (columns[:7] - columns.mean(0)) / torch.where(spread > 0, spread, 1.0)
+    torch.testing.assert_close(right, expected, rtol=0, atol=1e-4)
+    assert torch.equal(y, whole.train.labels[:7])
+
+    def swapped_signs(x, generator):
+        return tuple(-part for part in x)
+
+    order = seeded(3)
+    for (a, b), y in batches(data.train, 64, generator=order, augment=swapped_signs):
+        assert len(a) == len(b) == len(y)
+    recipe = Recipe(epochs=12, accumulate=2, augment=None)
+    model = TwoViews(data.input_shape)
+    fit(model, data, recipe, seed=0, progress=False)
+    assert evaluate(model, data.test).accuracy > 0.8
+    assert all(part.device.type == "meta" for part in data.to("meta").val.inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.zeros(3, 1, 4, 4), None),
+        (torch.zeros(3, 1), None),
+        (torch.zeros(3, 1).double(), r"inputs must be images, uint8 \[3, C, H, W\], .* got torch.float64 \[3, 1\]"),
+        (torch.zeros(3, 1).byte(), "inputs must be images"),
+        (torch.zeros(2, 1), r"one for each label; got torch.float32 \[2, 1\]"),
+        (torch.zeros(3, 2), "one number for each of 2 channels or columns, got 1 and 1"),
+        ((torch.zeros(3, 1), torch.zeros(3, 1)), "one number for each of 2"),
+        ([torch.zeros(3, 1)], "inputs must be a tensor or a tuple of tensors, got list"),
+        ((), "inputs must be a tensor or a tuple of tensors, got tuple"),
+    ],
+)
+def test_bad_inputs_are_refused(inputs, message):
+    labels = torch.zeros(3, dtype=torch.long)
+    if message is None:
+        assert len(Split(inputs, labels, (0.0,), (1.0,))) == 3
+        assert torch.equal(next(batches(Split(inputs, labels, (0.0,), (1.0,)), 3))[0], inputs)
+    else:
+        with pytest.raises(ValueError, match=message):
+            Split(inputs, labels, (0.0,), (1.0,))
+
+
+def test_soft_labels_have_the_type_of_the_batch():
+    def soft(x, y, generator):
+        return x, torch.nn.functional.one_hot(y, 10).float()
+
+    _, y = next(batches(load("digits").train, 8, generator=seeded(), augment=soft, dtype=torch.float64))
+    assert y.dtype == torch.float64
+    model = mlp((1, 8, 8), 10, width=8)
+    fit(
+        model.double(),
+        load("digits", train_size=50),
+        Recipe(1, augment=soft, precision="float64"),
+        seed=0,
+        progress=False,
+    )
+
+
+def test_a_weighted_sample_is_a_subset():
+    split = numbered(3)
+    chosen = torch.multinomial(torch.tensor([0.0, 1.0, 3.0]), 400, replacement=True, generator=seeded())
+    counts = split.subset(chosen).labels.bincount(minlength=3)
+    assert counts[0] == 0
+    assert 2 < counts[2] / counts[1] < 4

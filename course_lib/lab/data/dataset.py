@@ -3,20 +3,24 @@
 A ``Split`` holds all its images in one ``uint8`` tensor, so that it fits in memory (MNIST: 47 MB), moves to a GPU in
 one copy, and a batch is one indexing operation. Shuffling and augmentation draw from a CPU generator: the same seed
 gives the same batches on every device.
+
+Inputs that are no images are one ``float32`` tensor; inputs that come in parts (two views of an example) are a tuple
+of tensors, and so is then the ``x`` of a batch, which the network takes as it is.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Augment = (
-    Callable[[Tensor, torch.Generator], Tensor] | Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-)
+Inputs = Tensor | tuple[Tensor, ...]
+Augment = Callable[[Any, torch.Generator], Any] | Callable[[Any, Tensor, torch.Generator], tuple[Any, Tensor]]
 """``(x, generator) -> x`` on a whole batch, or ``(x, y, generator) -> (x, y)`` where labels change too (mixup, CutMix).
 
 The number of required arguments says which: settings have defaults, or are given by ``functools.partial``.
@@ -29,46 +33,69 @@ class Split:
 
     Attributes
     ----------
-    images : uint8 [N, C, H, W]
+    inputs : images, uint8 [N, C, H, W]; or numbers, float32 [N, D] (or [N, D, ...]); or a tuple of such tensors
     labels : int64 [N], positions in ``Dataset.classes``
-    mean, std : one number a channel, of the **training** split, with pixels in [0, 1].
-        ``std`` is 1 for a channel that is constant, so that dividing by it is always safe.
+    mean, std : one number for each channel or column (those of several parts one after the other), of the **training**
+        split, with pixels in [0, 1]. ``std`` is 1 where all values are equal, so that dividing by it is always safe.
+        Means of 0 and deviations of 1 leave numbers as they are.
     """
 
-    images: Tensor
+    inputs: Inputs
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
-        if not len(self.mean) == len(self.std) == images.shape[1]:
-            raise ValueError(f"mean and std need one number for each of {images.shape[1]} channels")
+        count, labels = len(self.labels), self.labels
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            raise ValueError(f"labels must be int64 [N], got {labels.dtype} {list(labels.shape)}")
+        if not _parts(self.inputs) or not all(isinstance(part, Tensor) for part in _parts(self.inputs)):
+            raise ValueError(f"inputs must be a tensor or a tuple of tensors, got {type(self.inputs).__name__}")
+        for part in _parts(self.inputs):
+            images = part.dtype == torch.uint8 and part.ndim == 4
+            numbers = part.dtype == torch.float32 and part.ndim >= 2
+            if not (images or numbers) or len(part) != count:
+                raise ValueError(
+                    f"inputs must be images, uint8 [{count}, C, H, W], or numbers, float32 [{count}, D], one for each "
+                    f"label; got {part.dtype} {list(part.shape)}"
+                )
+        columns = sum(part.shape[1] for part in _parts(self.inputs))
+        if not len(self.mean) == len(self.std) == columns:
+            raise ValueError(
+                f"mean and std need one number for each of {columns} channels or columns, got {len(self.mean)} and "
+                f"{len(self.std)}"
+            )
+
+    @property
+    def images(self) -> Tensor:
+        """The inputs, where they are images."""
+        if isinstance(self.inputs, tuple) or self.inputs.dtype != torch.uint8:
+            raise AttributeError("the inputs of this split are not images: read .inputs")
+        return self.inputs
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self.labels.device
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on ``device``."""
         if self.device == torch.device(device):
             return self
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return replace(self, inputs=_each(self.inputs, lambda t: t.to(device)), labels=self.labels.to(device))
 
     def subset(self, indices: Tensor) -> Split:
-        """The examples at ``indices`` (int64 or bool [N]), still normalised with the whole training split's figures."""
+        """The examples at ``indices`` (int64 or bool [N]), still normalised with the whole training split's figures.
+
+        An index may stand there twice: ``torch.multinomial(weights, n, replacement=True)`` is a weighted sample.
+        """
         indices = indices.to(self.device)
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        return replace(self, inputs=_rows(self.inputs, indices), labels=self.labels[indices])
 
     def __repr__(self) -> str:
-        return f"Split({len(self):,} images {_by(self.images.shape[1:])}, on {self.device})"
+        return f"Split({len(self):,} {_kind(self.inputs)}, on {self.device})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +109,57 @@ class Dataset:
     classes: tuple[str, ...]
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[Any, ...]:
+        """(channels, height, width) of an image, (columns,) of numbers, a tuple of shapes for inputs in parts."""
+        shapes = tuple(tuple(part.shape[1:]) for part in _parts(self.train.inputs))
+        return shapes if isinstance(self.train.inputs, tuple) else shapes[0]
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data set with all three splits on ``device``."""
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
+    def with_inputs(self, function: Callable[[Any], Inputs]) -> Dataset:
+        """The same examples seen otherwise: ``function`` makes the new inputs of a split from its whole inputs.
+
+        It must keep their number and order. ``mean`` and ``std`` are then those of the new training inputs. Two views,
+        for instance, the left and the right half: ``data.with_inputs(lambda x: (x[..., :4], x[..., 4:]))``.
+        """
+        train, val, test = (function(split.inputs) for split in (self.train, self.val, self.test))
+        mean, std = statistics(train)
+        return replace(
+            self,
+            train=replace(self.train, inputs=train, mean=mean, std=std),
+            val=replace(self.val, inputs=val, mean=mean, std=std),
+            test=replace(self.test, inputs=test, mean=mean, std=std),
+        )
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{part} {len(getattr(self, part)):,}" for part in ("train", "val", "test"))
-        return (
-            f"{self.name}: images {_by(self.input_shape)}, {len(self.classes)} classes; {sizes}; on {self.train.device}"
-        )
+        kind = _kind(self.train.inputs)
+        return f"{self.name}: {kind}, {len(self.classes)} classes; {sizes}; on {self.train.device}"
+
+
+def statistics(inputs: Inputs) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for ``Split``: of each channel (pixels in [0, 1]) or column, part after part."""
+    found = [
+        channel_statistics(part) if part.dtype == torch.uint8 else column_statistics(part) for part in _parts(inputs)
+    ]
+    return sum((mean for mean, _ in found), ()), sum((std for _, std in found), ())
+
+
+def column_statistics(numbers: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each column of float32 [N, D, ...]; a constant one has std 1.
+
+    ``fsum`` adds without rounding: the figures are the same on every machine.
+    """
+    mean, std = [], []
+    for column in numbers.cpu().unbind(1):
+        values = column.reshape(-1).tolist()
+        centre = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / len(values))
+        mean.append(centre)
+        std.append(spread if min(values) < max(values) else 1.0)
+    return tuple(mean), tuple(std)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -114,18 +178,33 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean), tuple(std)
 
 
-def normalise(images: Tensor, split: Split) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 with zero mean and unit variance in each channel over the training split."""
-    return _scaled(images, *_scale_and_offset(split, images.device))
+def normalise(inputs: Any, split: Split) -> Any:
+    """Inputs like those of ``split`` -> float32 with zero mean and unit variance over the training split.
+
+    Each channel of images (uint8 [B, C, H, W]), each column of numbers, each part of a tuple.
+    """
+    return _normalised(inputs, _scales_and_offsets(split, _parts(inputs)[0].device))
 
 
-def _scale_and_offset(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = torch.tensor([split.mean, split.std], dtype=torch.float32).view(2, -1, 1, 1)
-    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+def _scales_and_offsets(split: Split, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each part what its values are multiplied by, and what is then added."""
+    parts = _parts(split.inputs)
+    figures = torch.tensor([split.mean, split.std], dtype=torch.float32).split([part.shape[1] for part in parts], dim=1)
+    found = []
+    for part, columns in zip(parts, figures, strict=True):
+        mean, std = columns.view(2, -1, *[1] * (part.ndim - 2))
+        levels = 255 if part.dtype == torch.uint8 else 1
+        found.append(((1 / (levels * std)).to(device), (-mean / std).to(device)))
+    return found
 
 
-def _scaled(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return images.to(torch.float32).mul_(scale).add_(offset)
+def _normalised(inputs: Inputs, figures: list[tuple[Tensor, Tensor]]) -> Inputs:
+    # copy=True: a batch in order is a view of the split, which must stay as it is
+    done = tuple(
+        part.to(torch.float32, copy=True).mul_(scale).add_(offset)
+        for part, (scale, offset) in zip(_parts(inputs), figures, strict=True)
+    )
+    return done if isinstance(inputs, tuple) else done[0]
 
 
 def batches(
@@ -136,8 +215,10 @@ def batches(
     augment: Augment | None = None,
     drop_last: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     """One pass over ``split`` in batches ``(x, y)``: normalised floats [B, C, H, W] and labels [B], on its device.
+
+    Where the inputs are numbers ``x`` is [B, D]; where they come in parts it is a tuple of tensors.
 
     Parameters
     ----------
@@ -156,6 +237,11 @@ def batches(
         raise ValueError("augment needs generator=torch.Generator(): its randomness comes from there")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator is on {generator.device}; it must be a CPU generator")
+    if augment is not None and _required_arguments(augment) > 3:
+        raise ValueError(
+            f"augment takes {inspect.signature(augment)}; it must take (x, generator) or (x, y, generator), "
+            "its settings given by functools.partial"
+        )
     return _batches(split, batch_size, generator, augment, drop_last, dtype)
 
 
@@ -166,23 +252,24 @@ def _batches(
     augment: Augment | None,
     drop_last: bool,
     dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     count = len(split)
     stop = count - count % batch_size if drop_last else count
     # The whole order crosses to the device once: a copy for every batch would make a GPU wait.
     order = None if generator is None else torch.randperm(count, generator=generator).to(split.device)
-    scale, offset = _scale_and_offset(split, split.device)
+    figures = _scales_and_offsets(split, split.device)
     with_labels = augment is not None and _required_arguments(augment) == 3
     for start in range(0, stop, batch_size):
         rows = slice(start, min(start + batch_size, stop))
         chosen = rows if order is None else order[rows]
-        x = _scaled(split.images[chosen], scale, offset)
+        x: Any = _normalised(_rows(split.inputs, chosen), figures)
         y = split.labels[chosen]
         if with_labels:
             x, y = augment(x, y, generator)  # type: ignore[misc, call-arg, arg-type]
+            y = y.to(dtype) if y.is_floating_point() else y
         elif augment is not None:
-            x = augment(x, generator)  # type: ignore[assignment, call-arg, arg-type]
-        yield x.to(dtype), y
+            x = augment(x, generator)  # type: ignore[call-arg, arg-type]
+        yield _each(x, lambda part: part.to(dtype)), y
 
 
 def _required_arguments(augment: Augment) -> int:
@@ -221,3 +308,23 @@ def random_shift(x: Tensor, generator: torch.Generator, pixels: int = 2) -> Tens
 
 def _by(shape: torch.Size | tuple[int, ...]) -> str:
     return "×".join(str(side) for side in shape)
+
+
+def _parts(inputs: Inputs) -> tuple[Tensor, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """``function`` of the inputs, or of each part of them."""
+    return tuple(map(function, inputs)) if isinstance(inputs, tuple) else function(inputs)
+
+
+def _rows(inputs: Inputs, chosen: slice | Tensor) -> Inputs:
+    return _each(inputs, lambda part: part[chosen])
+
+
+def _kind(inputs: Inputs) -> str:
+    if isinstance(inputs, tuple):
+        return " + ".join(map(_kind, inputs))
+    shape = _by(inputs.shape[1:])
+    return f"images {shape}" if inputs.dtype == torch.uint8 else f"rows of {shape} numbers"
