@@ -238,6 +238,8 @@ def _masked(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 
 class _Times(nn.Module):
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)

@@ -15,7 +15,7 @@ try:
     from course_lib.lab.data import batches, load, normalise, random_shift
     from course_lib.lab.exercises import check, progress
     from course_lib.lab.experiments import Comparison, Interval, Reach, compare, mean_interval
-    from course_lib.lab.models import convnet, mlp, resnet, vit
+    from course_lib.lab.models import convnet, freeze, mlp, resnet, thaw, vit
     from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
     from course_lib.lab.stepping import after_each_step
     from course_lib.lab.timing import compare_speed, measure, peak_memory
@@ -54,6 +54,7 @@ __all__ = [
     "file_bytes",
     "fit",
     "flops",
+    "freeze",
     "fresh",
     "load",
     "log_slider",
@@ -73,6 +74,7 @@ __all__ = [
     "seed_everything",
     "slider",
     "surfaces",
+    "thaw",
     "vit",
 ]
 
