@@ -134,6 +134,8 @@ class _Digest:
         return self._of_object(value)
 
     def _of_function(self, function: types.FunctionType) -> bytes:
+        if getattr(function, "hooked", False):  # torch wraps the step of an optimizer's class when the first is made
+            function = function.__wrapped__  # type: ignore[attr-defined]
         if _is_library(function.__code__.co_filename, function.__module__):
             parts = [_hash("library", _name(function))]
             if "<locals>" not in function.__qualname__ and not hasattr(function, "__wrapped__"):
@@ -168,6 +170,8 @@ class _Digest:
             return _hash("class", _name(cls))
         parts = [_hash("class", cls.__qualname__), *(self.of(base) for base in cls.__bases__)]
         for name, member in sorted(vars(cls).items()):
+            if getattr(member, "hooked", False) and member.__qualname__ != f"{cls.__qualname__}.{name}":
+                continue  # the same wrapper, put on a class that only inherits its step
             code = getattr(member, "__code__", None)
             if code is None:
                 counts = not name.startswith("__") and name != "_abc_impl"

@@ -245,9 +245,17 @@ def repeat_first_epoch(study: Study, job: Job) -> dict[str, float]:
 
 
 def arm_fingerprint(study: Study, job: Job) -> str:
-    """What a run depends on, but for the contents of the data (their checksum stands with the session)."""
-    part = study.parts[job.part]
-    return fingerprint((_what(study, job), part.model, part.data, job.tuning))
+    """What a run depends on, but for its seed and the contents of the data (their checksum stands with the session)."""
+    part, what = study.parts[job.part], _what(study, job)
+    # One arm has many runs, and a digest of all that it uses takes a while. The objects are kept, so ids stay theirs
+    known = _fingerprints.setdefault((id(what), id(part), job.tuning), (what, part, ""))
+    if not known[2]:
+        known = (what, part, fingerprint((what, part.model, part.data, job.tuning)))
+        _fingerprints[id(what), id(part), job.tuning] = known
+    return known[2]
+
+
+_fingerprints: dict[tuple[int, int, bool], tuple[Any, Part, str]] = {}
 
 
 def _what(study: Study, job: Job) -> Recipe | Arm:

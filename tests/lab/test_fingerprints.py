@@ -211,3 +211,20 @@ def test_describe_names_a_function_and_its_settings_without_an_address():
     assert describe(partial(torch.optim.SGD, lr=0.1)) == "SGD(lr=0.1)"
     assert describe({"a": closing_over(1)}) == "{'a': closing_over.<locals>.inner}"
     assert describe(3) == "3"
+
+
+def test_an_optimizer_that_was_made_is_the_same_as_before():
+    """torch wraps the step of its class when the first one is made, also where the class only inherits it."""
+
+    class Mine(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Inheriting(Mine):
+        rate = 3
+
+    before = fingerprint(Mine), fingerprint(Inheriting)
+    for cls in (Mine, Inheriting):
+        cls([nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert getattr(Mine.step, "hooked", False), "torch still does so"
+    assert (fingerprint(Mine), fingerprint(Inheriting)) == before
