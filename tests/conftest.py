@@ -1,6 +1,8 @@
 """Settings that all tests share."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import matplotlib
 import pytest
@@ -22,6 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_worker_stays() -> Iterator[None]:
+    """The processes of a comparison wait for the next one; to tests that count processes they would be left behind."""
+    yield
+    if loky := sys.modules.get("joblib.externals.loky"):
+        loky.get_reusable_executor().shutdown(wait=True)
 
 
 @pytest.fixture

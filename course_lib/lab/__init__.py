@@ -2,8 +2,8 @@
 
 ``load`` and ``batches`` (data), ``mlp``, ``convnet``, ``resnet``, ``vit`` (models), ``Recipe``, ``fit``, ``evaluate``
 (training), ``compare`` (arms over seeds), ``Claims`` (tested claims), ``measure``, ``compare_speed``, ``peak_memory``
-(cost), ``explorer`` (widgets), ``check`` and ``progress`` (exercises), ``plotting`` (figures), ``surfaces`` (losses of
-two weights).
+(cost), ``explorer`` (widgets), ``check`` and ``progress`` (exercises), ``predict`` and ``answered`` (guesses before
+results), ``plotting`` (figures), ``surfaces`` (losses of two weights).
 
 Imported in a notebook, it sets the look of all figures and makes each of them carry its data beside its picture.
 """
@@ -16,6 +16,7 @@ try:
     from course_lib.lab.exercises import check, progress
     from course_lib.lab.experiments import Comparison, Interval, Reach, compare, mean_interval
     from course_lib.lab.models import convnet, freeze, mlp, resnet, thaw, vit
+    from course_lib.lab.predictions import answered, predict
     from course_lib.lab.runtime import check_machine, describe_machine, device, profile, quick, seed_everything
     from course_lib.lab.stepping import after_each_step
     from course_lib.lab.timing import compare_speed, measure, peak_memory
@@ -38,6 +39,7 @@ __all__ = [
     "Reach",
     "Recipe",
     "after_each_step",
+    "answered",
     "batches",
     "check",
     "check_machine",
@@ -65,6 +67,7 @@ __all__ = [
     "normalise",
     "peak_memory",
     "plotting",
+    "predict",
     "profile",
     "progress",
     "quick",

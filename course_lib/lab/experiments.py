@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from course_lib.lab import plotting
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset
 from course_lib.lab.runtime import device, interactive, usable_cores
 from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
@@ -246,8 +247,7 @@ def compare(
         raise ValueError("arms={}: a comparison needs at least one arm")
     if workers is None:
         workers = usable_cores() if interactive() and device().type == "cpu" else 1
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers={workers!r}: must be a whole number of at least 1")
+    at_least(1, workers=workers)
     jobs = [(name, arm, seed, metric, model, data) for name, arm in arms.items() for seed in seeds]
     show = interactive() if progress is None else progress
     outcomes = []

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from course_lib.lab.arguments import at_least
+
 Array = NDArray[Any]
 
 FONTS = (
@@ -99,8 +101,7 @@ def generate(
 
 def check_knobs(*, count: int, size: int, difficulty: float, domain: str, classes: str) -> None:
     """Raises ``ValueError`` naming the argument, the value and what is allowed."""
-    if count < 1:
-        raise ValueError(f"count is {count}; it must be at least 1")
+    at_least(1, count=count)
     if not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size is {size}; glyphs are drawn at {SIZES[0]} to {SIZES[1]} pixels")
     if not 0 <= difficulty <= 1:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from course_lib.lab.arguments import at_least
+
 
 class Network(nn.Module):
     """An ``nn.Module`` that knows what goes in and what comes out."""
@@ -64,7 +66,7 @@ def mlp(input_shape: Sequence[int], classes: int, *, width: int = 128, depth: in
     ``input_shape`` is that of an image, or ``(D,)`` for a table of ``D`` columns.
     """
     shape = _checked_columns(input_shape) if len(input_shape) == 1 else _checked_shape(input_shape)
-    return MLP(shape, _at_least(1, classes=classes), _at_least(1, width=width), _depth(depth))
+    return MLP(shape, _whole(1, classes=classes), _whole(1, width=width), _depth(depth))
 
 
 class MLP(Network):
@@ -89,7 +91,7 @@ def convnet(input_shape: Sequence[int], classes: int, *, width: int = 16) -> Con
 
     The image is halved between them by max pooling, and averaged over all places at the end.
     """
-    return ConvNet(_checked_shape(input_shape, smallest=4), _at_least(1, classes=classes), _at_least(1, width=width))
+    return ConvNet(_checked_shape(input_shape, smallest=4), _whole(1, classes=classes), _whole(1, width=width))
 
 
 class ConvNet(Network):
@@ -132,7 +134,7 @@ def resnet(input_shape: Sequence[int], classes: int, *, width: int = 16, blocks:
     if not blocks or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in blocks):
         raise ValueError(f"blocks must hold one positive integer for each stage, got {blocks!r}")
     shape = _checked_shape(input_shape, smallest=2 ** (len(blocks) - 1))
-    return ResNet(shape, _at_least(1, classes=classes), _at_least(1, width=width), blocks)
+    return ResNet(shape, _whole(1, classes=classes), _whole(1, width=width), blocks)
 
 
 class ResNet(Network):
@@ -202,7 +204,7 @@ def vit(
     taken. Mean pooling does as well as the class token (the paper's appendix D.3).
     """
     shape = _checked_shape(input_shape)
-    _at_least(1, classes=classes, width=width, heads=heads)
+    _whole(1, classes=classes, width=width, heads=heads)
     if width % heads:
         raise ValueError(f"width must be a multiple of heads ({heads}), got {width!r}")
     return ViT(shape, classes, _checked_patch(patch, shape), width, _depth(depth), heads)
@@ -313,19 +315,17 @@ def _checked_shape(input_shape: Sequence[int], smallest: int = 1) -> tuple[int, 
 
 def _checked_columns(input_shape: Sequence[int]) -> tuple[int]:
     (columns,) = input_shape
-    return (_at_least(1, input_shape=columns),)
+    return (_whole(1, input_shape=columns),)
 
 
-def _at_least(least: int, **arguments: int) -> int:
+def _whole(least: int, **arguments: int) -> int:
     """Check each argument by its name; give back the last."""
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
-    return value
+    at_least(least, **arguments)
+    return list(arguments.values())[-1]
 
 
 def _depth(depth: int) -> int:
-    return _at_least(0, depth=depth)
+    return _whole(0, depth=depth)
 
 
 def _checked_patch(patch: int | None, shape: tuple[int, int, int]) -> int:

@@ -106,10 +106,11 @@ def interactive() -> bool:
         return False
     if any(environment.get(name) for name in ("CI", "PYTEST_VERSION", "COURSE_VALIDATING")):
         return False
-    return _in_notebook() or sys.stderr.isatty()
+    return in_notebook() or sys.stderr.isatty()
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
@@ -166,7 +167,7 @@ def learner() -> str:
     remembered = Path.home() / ".craft-of-training" / "learner.txt"
     if remembered.is_file():
         return _file_name(remembered.read_text(encoding="utf-8").strip()) or _file_name(user)
-    if interactive() and _in_notebook():
+    if interactive() and in_notebook():
         try:
             answer = input("Your name, for your own progress in the folder of the class: ").strip()
         except (EOFError, RuntimeError):  # no keyboard behind this kernel

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from course_lib.lab.arguments import at_least
+
 Surface = Callable[[Tensor], Tensor]
 
 
@@ -47,8 +49,7 @@ def descend(
 
     The two weights are one row of a matrix ``[1, 2]``, so that methods for matrices (Muon, Shampoo) run too.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: must be at least 1")
+    at_least(1, steps=steps)
     weights = torch.tensor([list(start)], dtype=torch.float64, requires_grad=True)
     optim = optimizer([weights])
 

@@ -25,6 +25,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from course_lib.lab.arguments import at_least
+
 Clock = Callable[[], float]
 _CHATTER = re.compile(rb"(USDT:|\[W)[^\n]*(SyncActivityProfilerHandler|CPUAllocator)\.cpp[^\n]*\n")
 
@@ -85,8 +87,8 @@ def measure(
     ``device`` (the laboratory's by default) is synchronised before the clock is read, so that work which a GPU has
     only queued is counted. Garbage collection is off meanwhile.
     """
-    _at_least("warmup", warmup, 0)
-    _at_least("repeats", repeats, 1)
+    at_least(0, warmup=warmup)
+    at_least(1, repeats=repeats)
     device = _device(device)
     for _ in range(warmup):
         fn()
@@ -109,8 +111,8 @@ def compare_speed(
     A machine that slows down while it is measured would favour whoever went first, so the turns alternate:
     A B, B A, A B, … The ratio is the median of the rounds' own ratios, with quartiles.
     """
-    _at_least("warmup", warmup, 0)
-    _at_least("rounds", rounds, 1)
+    at_least(0, warmup=warmup)
+    at_least(1, rounds=rounds)
     device = _device(device)
     for _ in range(warmup):
         a()
@@ -223,11 +225,6 @@ def _device(device: torch.device | str | None) -> torch.device:
     from course_lib.lab import runtime
 
     return runtime.device()
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: {value} is too few; allowed are whole numbers from {least}")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from course_lib.lab import doors
+from course_lib.lab.arguments import at_least
 from course_lib.lab.checkpoints import Checkpoint
 from course_lib.lab.data import Augment, Dataset, Split, batches
 from course_lib.lab.runtime import device, interactive, seed_everything
@@ -97,8 +98,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
-            if not (name == "batch_size" and callable(value)) and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+            if not (name == "batch_size" and callable(value)):
+                at_least(1, **{name: value})
         if isinstance(self.batch_size, int) and self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate}: must be at most batch_size={self.batch_size}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="Control")
 
-DPI = 90
-LARGEST_PNG = 60_000  # bytes; every picture is stored twice in a notebook, in the output and in the widget's state
+DPI = 90  # points of the screen for each inch of a figure
+STORED, LIVE = 2.0, 1.5  # dots of a picture for each such point: sharp in print; while a slider moves, drawn sooner
+LARGEST_PNG = 90_000  # bytes; every picture is stored twice in a notebook, in the output and in the widget's state
 QUICK = 0.15  # seconds; a figure that is redrawn faster than this follows the slider while it moves
 _FIGURE_STYLE: dict[Any, Any] = {"figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True}
 
@@ -207,7 +208,7 @@ class Explorer:
         self._clock = clock
         figure = self()
         self._content = describe_figure(figure)
-        self._png = to_png(figure)
+        self._png, self._width = to_png(figure), _width(figure)
 
     def __call__(self, **values: Any) -> Figure:
         """The figure for ``values``; controls that are not named stay at their defaults.
@@ -230,13 +231,14 @@ class Explorer:
         import ipywidgets
 
         inputs = {name: control.widget() for name, control in self.controls.items()}
-        image = ipywidgets.Image(value=self._png, format="png", layout={"max_width": "100%"})
+        image = ipywidgets.Image(value=self._png, format="png", width=self._width, layout={"max_width": "100%"})
         message = ipywidgets.HTML()
 
         def redraw(_: Any = None) -> None:
             started = self._clock()
             try:
-                image.value = to_png(self(**{name: widget.value for name, widget in inputs.items()}))
+                figure = self(**{name: widget.value for name, widget in inputs.items()})
+                image.value, image.width = to_png(figure, LIVE), _width(figure)
                 message.value, image.layout.display = "", ""
             except Exception as error:  # whatever draw raises is for the learner to read
                 # The last picture belongs to other values of the controls: showing it on would mislead.
@@ -251,15 +253,16 @@ class Explorer:
         row = ipywidgets.HBox(list(inputs.values()), layout={"flex_flow": "row wrap"})
         return ipywidgets.VBox([row, message, image])
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         from course_lib.proving.figures import FIGURE_MIME
 
-        return {
+        bundle = {
             **self.widget._repr_mimebundle_(),
             "image/png": b64encode(self._png).decode(),
             FIGURE_MIME: self._content,
             "text/plain": repr(self),
         }
+        return bundle, {"image/png": {"width": int(self._width)}}
 
     def __repr__(self) -> str:
         parts = (f"{control.label} = {control.value} ({control.allowed})" for control in self.controls.values())
@@ -273,12 +276,12 @@ class Explorer:
         }
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG of at most about 60 kB: pictures with many colours are stored with a palette of 256."""
+def to_png(figure: Figure, dots: float = STORED) -> bytes:
+    """The figure as a PNG of at most about 90 kB: pictures with many colours are stored with a palette of 256."""
     # savefig would lay a figure out twice, which takes as long as drawing it.
     canvas, dpi = figure.canvas, figure.dpi
     try:
-        figure.dpi = DPI
+        figure.dpi = dots * DPI
         agg = FigureCanvasAgg(figure)
         agg.draw()
         image = Image.fromarray(np.asarray(agg.buffer_rgba())).convert("RGB")
@@ -287,6 +290,11 @@ def to_png(figure: Figure) -> bytes:
         figure.set_canvas(canvas)
     png = _encoded(image)
     return png if len(png) <= LARGEST_PNG else _encoded(image.quantize(256, dither=Image.Dither.NONE))
+
+
+def _width(figure: Figure) -> str:
+    """The points on the screen that a figure is wide, as HTML wants them."""
+    return str(round(figure.get_figwidth() * DPI))
 
 
 def _encoded(image: Image.Image) -> bytes:

@@ -7,8 +7,6 @@ once, as ``Tensors``: a few large kernels instead of thousands of small ones.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from course_lib.lab.arguments import is_number, is_whole, require
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure = Callable[[], Any]
@@ -136,20 +136,9 @@ def refuse_sparse(optimizer: Optimizer, theta: Tensor) -> None:
         )
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number (a tensor or a bool is not)."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def is_count(value: Any) -> bool:
     """Whether a value is an integer of at least 1."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def require(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
-    """Raise ValueError that names the argument, its value and what is allowed, unless the value is allowed."""
-    if not holds(value):
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    return is_whole(value) and value >= 1
 
 
 NON_NEGATIVE = (lambda x: is_number(x) and x >= 0, "a finite number >= 0")

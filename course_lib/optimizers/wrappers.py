@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from course_lib.optimizers._method import COUNT, FLAG, FRACTION, NON_NEGATIVE, Closure, refuse_sparse, require
+from course_lib.lab.arguments import require
+from course_lib.optimizers._method import COUNT, FLAG, FRACTION, NON_NEGATIVE, Closure, refuse_sparse
 
 
 class Wrapper(Optimizer):

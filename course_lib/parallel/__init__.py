@@ -30,6 +30,8 @@ stale_gradients                 gradients that are some steps old               
 staleness_aware                 a rate divided by their age                     Zhang et al. 2015, arXiv:1511.05950
 hogwild                         one network in shared memory, no locks          Recht et al. 2011, arXiv:1106.5730
 ring_time, tree_time            seconds of an all-reduce, by formula            Patarasuk & Yuan; Thakur et al.
+double_tree_time                two trees at once, in blocks                    Sanders, Speck & Träff 2009; NCCL 2.4
+in_network_time                 switches that add up                            Graham et al., COMHPC 2016
 simulate_scaling                speed-up over the number of workers             –
 amdahl, gustafson               the limits of strong and weak scaling           Amdahl 1967; Gustafson 1988
 measure_loading, …_threads      loader processes, threads on one machine        torch's documentation
@@ -135,9 +137,11 @@ from course_lib.parallel.scaling import (
     Link,
     Transfer,
     amdahl,
+    double_tree_time,
     fit_link,
     gustafson,
     hierarchical_time,
+    in_network_time,
     measure_step,
     overlap_timeline,
     ring_time,
@@ -194,6 +198,7 @@ __all__ = [
     "by_class",
     "compress_with_memory",
     "compressed",
+    "double_tree_time",
     "endless_batches",
     "every_step",
     "fit_link",
@@ -202,6 +207,7 @@ __all__ = [
     "hierarchical_time",
     "hogwild",
     "in_buckets",
+    "in_network_time",
     "largest_stable_rate",
     "launch",
     "local_loss",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset, batches
 from course_lib.lab.training import evaluate
 from course_lib.parallel.launching import launch, process_group
@@ -132,8 +133,7 @@ def hogwild(
     ValueError : a setting out of range, or a model that does not lie on the CPU.
     """
     _check(epochs, batch_size, lr, momentum)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers={workers!r}: must be a whole number of at least 1")
+    at_least(1, workers=workers)
     flat = parameters_to_vector(model.parameters()).detach()
     if flat.device.type != "cpu":
         raise ValueError(f"model lies on {flat.device}: processes share the memory of the CPU only")
@@ -165,9 +165,7 @@ def hogwild_worker(
 
 
 def _check(epochs: int, batch_size: int, lr: float, momentum: float) -> None:
-    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    at_least(1, epochs=epochs, batch_size=batch_size)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r}: must be a positive number")
     if not 0 <= momentum < 1:

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from course_lib.lab.arguments import at_least
 from course_lib.parallel.launching import process_group
 
 # --- Messages, and their count ----------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def tree_rounds(world_size: int) -> list[list[tuple[int, int]]]:
     >>> tree_rounds(6)
     [[(0, 1)], [(0, 2), (1, 3)], [(0, 4), (1, 5)]]
     """
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     distances = [2**k for k in range(_levels(world_size))]
     return [[(rank, rank + far) for rank in range(min(far, world_size - far))] for far in distances]
 
@@ -154,7 +155,7 @@ def ring_schedule(rank: int, step: int, world_size: int) -> tuple[int, int]:
     Steps 0 to N - 2 add up (reduce-scatter): after them the sum of chunk ``rank + 1`` is complete in ``rank``. Steps
     N - 1 to 2 N - 3 hand the sums on (all-gather). In all of them a rank sends what it received in the step before.
     """
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie between 0 and {world_size - 1}, got {rank!r}")
     if not 0 <= step < 2 * (world_size - 1):
@@ -196,7 +197,7 @@ def ring_states(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     With rank ``r`` full of ``10**r``, the digits of each number tell whose contributions are already in it.
     """
     size = len(tensors)
-    _check_world_size(size)
+    at_least(1, world_size=size)
     state = torch.stack([tensor.flatten() for tensor in tensors])  # N tensors of any shape -> [N, elements]
     yield state.clone()
     for step in range(2 * (size - 1)):
@@ -215,15 +216,15 @@ def ring_states(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 def ring_bytes(size: float, world_size: int) -> float:
     """Bytes that every rank sends in a ring all-reduce of ``size`` bytes: ``2 (N - 1) / N * size``.
 
-    No all-reduce can do with less from every rank (Patarasuk & Yuan 2009).
+    No all-reduce in which only the ranks add can do with less from every rank (Patarasuk & Yuan 2009).
     """
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     return 2 * (world_size - 1) / world_size * size
 
 
 def ring_messages(world_size: int) -> int:
     """Messages that every rank sends in a ring all-reduce, one after the other: ``2 (N - 1)``."""
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     return 2 * (world_size - 1)
 
 
@@ -237,7 +238,7 @@ def tree_bytes(size: float, world_size: int) -> float:
 
 def tree_messages(world_size: int) -> int:
     """Messages that the root sends in a tree all-reduce: ``ceil(log2 N)``; it has received as many before."""
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     return _levels(world_size)
 
 
@@ -247,7 +248,7 @@ def ring_traffic(elements: int, element_size: int, world_size: int, rank: int) -
     Of ``S`` bytes in chunks of ``c_0`` to ``c_{N-1}``, rank ``r`` receives ``2 S - c_r - c_{r+1}`` and sends ``2 S -
     c_{r+1} - c_{r+2}``: every chunk twice, but for the two that it sees once.
     """
-    _check_world_size(world_size)
+    at_least(1, world_size=world_size)
     chunks = [elements // world_size + (r < elements % world_size) for r in range(world_size)]
     full = sum(chunk > 0 for chunk in chunks)
     own, done, after = (chunks[(rank + offset) % world_size] for offset in (0, 1, 2))
@@ -339,8 +340,3 @@ def _flat(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"tensor must be contiguous, for it is changed in place; got strides {tensor.stride()}")
     return tensor.detach().view(-1)
-
-
-def _check_world_size(world_size: int) -> None:
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size must be an integer of 1 or more, got {world_size!r}")

@@ -32,10 +32,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset, batches
 from course_lib.lab.training import evaluate
 from course_lib.parallel.collectives import ring_bytes
@@ -278,7 +278,7 @@ def every_step(team: Team) -> None:
 
 def accumulate(team: Team, *, steps: int) -> None:
     """Sum gradients for ``steps`` steps, then average over the workers and move once."""
-    _at_least_one("steps", steps)
+    at_least(1, steps=steps)
     team.memory += team.gradients
     if team.due(steps):
         summed = (team.step - 1) % steps + 1
@@ -291,7 +291,7 @@ def local_sgd(team: Team, *, steps: int) -> None:
 
     Momentum, which the paper does without, stays each worker's own.
     """
-    _at_least_one("steps", steps)
+    at_least(1, steps=steps)
     team.descend(team.gradients)
     if team.due(steps):
         team.weights = team.all_reduce(team.weights).expand_as(team.weights)
@@ -370,7 +370,7 @@ def simulate_workers(
     ------
     ValueError : a setting out of range, or a model with buffers (BatchNorm), which no policy here shares.
     """
-    _at_least_one("workers", workers)
+    at_least(1, workers=workers)
     return _train(model, data, policy, Simulated(workers), epochs, batch_size, lr, momentum, seed, arrange)
 
 
@@ -431,22 +431,19 @@ def _deal(batch: Tensor, network: Network) -> Tensor:
 
 def _gradients(model: nn.Module, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The gradient [rows, n] of each worker's mean cross-entropy, at its own weights, on its own examples."""
-    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
-
-    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        parts = flat.split([shape.numel() for shape in shapes])
-        parameters = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-        return F.cross_entropy(functional_call(model, parameters, (x,)), y)
-
-    return vmap(grad(loss))(weights, x, y)
+    parameters, gradients = list(model.parameters()), []
+    for own, inputs, labels in zip(weights, x, y, strict=True):
+        vector_to_parameters(own, parameters)  # windows on them: nothing is copied
+        loss = F.cross_entropy(model(inputs), labels)
+        gradients.append(parameters_to_vector(torch.autograd.grad(loss, parameters)))
+    return torch.stack(gradients)
 
 
 # --- Checks at the door -----------------------------------------------------------------------------------------------
 
 
 def _check(model: nn.Module, workers: int, epochs: int, batch_size: int, lr: float, momentum: float) -> None:
-    _at_least_one("epochs", epochs)
-    _at_least_one("batch_size", batch_size)
+    at_least(1, epochs=epochs, batch_size=batch_size)
     if batch_size % workers:
         raise ValueError(f"batch_size={batch_size!r}: must be a multiple of workers={workers}, to be dealt out evenly")
     if not 0 < lr < math.inf:
@@ -457,8 +454,3 @@ def _check(model: nn.Module, workers: int, epochs: int, batch_size: int, lr: flo
         raise ValueError("model has buffers (BatchNorm's statistics?), which no policy here shares: use one without")
     if not all(p.requires_grad for p in model.parameters()):
         raise ValueError("model has frozen parameters: all must have requires_grad=True here")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

@@ -52,6 +52,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.reductions import reduce_storage
 from torch.storage import UntypedStorage
 
+from course_lib.lab.arguments import at_least
+
 LOCALHOST = "127.0.0.1"
 # what nearly every function needs: torch.optim imports dynamo when it is first used, the digits need scikit-learn
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "sklearn.datasets", "course_lib.parallel"]
@@ -500,9 +502,7 @@ def _pickled(value: Any, pickler: type[_Pickler]) -> bytes:
 
 
 def _check_arguments(fn: Callable[..., Any], world_size: int, timeout: float, threads: int) -> None:
-    for name, value in (("world_size", world_size), ("threads", threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+    at_least(1, world_size=world_size, threads=threads)
     _positive_seconds("timeout", timeout)
     while isinstance(fn, functools.partial):
         fn = fn.func

@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import course_lib
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Split, load, normalise
 from course_lib.parallel.data_parallel import average_gradients, local_loss, shard
 from course_lib.parallel.data_parallel_runs import replica
@@ -81,9 +82,7 @@ def train_resumably(
     ------
     ValueError : ``steps`` or ``every`` is not positive, or the checkpoint is of another run.
     """
-    for name, value in (("steps", steps), ("every", every)):
-        if value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be at least 1")
+    at_least(1, steps=steps, every=every)
     life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     with process_group() as world:
         data = load("digits").to(world.device)

@@ -5,6 +5,9 @@ name                  what it computes                                      sour
 ====================  ====================================================  ===========================================
 ring_time             seconds of a ring all-reduce                          Patarasuk & Yuan, JPDC 69(2), 2009
 tree_time             of a reduction to one worker and a broadcast back     Thakur, Rabenseifner & Gropp, IJHPCA 2005
+double_tree_time      of two pipelined trees, half of the vector in each    Sanders, Speck & Träff, Parallel Comput. 35,
+                                                                            2009; NCCL 2.4
+in_network_time       of switches that add up on the way                    Graham et al., COMHPC 2016 (SHARP)
 hierarchical_time     of rings inside nodes and rings across nodes          the two-level scheme of all large clusters
 overlap_timeline      which bucket of gradients is on the wire, and when    Li et al. 2020, arXiv:2006.15704
 simulate_scaling      step time, speed-up, efficiency over worker counts
@@ -35,6 +38,7 @@ import torch.distributed as dist
 from scipy import integrate, optimize, stats
 from torch import nn
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.models import mlp
 from course_lib.parallel.launching import process_group
 
@@ -60,11 +64,83 @@ def tree_time(size: float, bandwidth: float, latency: float, workers: int) -> fl
 
     .. math:: T = 2\lceil\log_2 N\rceil\left(\alpha + \frac{S}{\beta}\right)
 
-    Real libraries cut the vector up and pipeline it through the tree, which hides most of the factor
-    :math:`\log_2 N` in front of :math:`S/\beta`; this is the plain tree of ``collectives.tree_all_reduce``.
+    This is the plain tree of ``collectives.tree_all_reduce``; ``double_tree_time`` is what real libraries make of it.
     """
     _check_link(size, bandwidth, latency, workers)
-    return 2 * math.ceil(math.log2(workers)) * (latency + size / bandwidth)
+    return 2 * _levels(workers) * (latency + size / bandwidth)
+
+
+def double_tree_time(
+    size: float, bandwidth: float, latency: float, workers: int, *, blocks: int | None = None
+) -> float:
+    r"""Seconds of an all-reduce by two trees at once, each for half of the vector, cut into ``blocks`` :math:`k`.
+
+    .. math:: T = 4\,(L + k - 1)\left(\alpha + \frac{S}{2k\beta}\right), \qquad L = \lceil\log_2 N\rceil
+
+    What is an inner node of one binary tree is a leaf of the other, so nobody has more than two messages to send and
+    two to receive of each block, and they can be dealt out to two kinds of rounds: a block leaves the first worker
+    every second round and waits for one round at most on each of the :math:`L - 1` levels below. So a broadcast takes
+    :math:`2(L + k - 1)` rounds at most, the reduction before it, which is a broadcast backwards, as many. ``None``
+    stands for the best number of blocks (any number from 1, not only whole ones), for which
+
+    .. math:: T = \left(\sqrt{2S/\beta} + 2\sqrt{(L-1)\,\alpha}\right)^2 \quad\text{with}\quad
+        k = \sqrt{\frac{(L-1)\,S}{2\alpha\beta}} \ge 1 .
+
+    The bytes cost as much as in an endless ring, the latencies grow with the logarithm. Source: Sanders, Speck &
+    Träff, Parallel Computing 35, 2009; in NCCL since 2.4, where reduction and broadcast overlap as well.
+    """
+    _check_link(size, bandwidth, latency, workers)
+    if workers == 1:
+        return 0.0
+    levels, carried = _levels(workers), size / (2 * bandwidth)
+    if blocks is not None:
+        at_least(1, blocks=blocks)
+        return 4 * (levels + blocks - 1) * (latency + carried / blocks)
+    return 4 * _best_pipeline(levels - 1, carried, latency)
+
+
+def in_network_time(
+    size: float, bandwidth: float, latency: float, workers: int, *, ports: int = 32, blocks: int | None = None
+) -> float:
+    r"""Seconds of an all-reduce in which the switches add up, each what comes from the ``ports`` :math:`p` below it.
+
+    .. math:: T = (2H + k - 1)\left(\alpha + \frac{S}{k\beta}\right), \qquad H = \lceil\log_p N\rceil
+
+    Every worker sends its vector once, in ``blocks`` :math:`k`; :math:`H` levels of switches add up what passes and
+    send the sum down again. A link carries one block up and one down in each round, so the first block is back after
+    :math:`2H` rounds, and then one arrives in each. ``None`` stands for the best number of blocks, as above:
+
+    .. math:: T = \left(\sqrt{S/\beta} + \sqrt{(2H-1)\,\alpha}\right)^2 \quad\text{with}\quad
+        k = \sqrt{\frac{(2H-1)\,S}{\alpha\beta}} \ge 1 .
+
+    Half of a ring's bytes: :math:`S` from each worker, where end points alone need nearly :math:`2S`. The latency is
+    charged once a link; a switch, which adds in hardware, needs less. Source: Graham et al., COMHPC 2016,
+    doi:10.1109/COMHPC.2016.006 (NVIDIA's SHARP).
+    """
+    _check_link(size, bandwidth, latency, workers)
+    at_least(2, ports=ports)
+    if workers == 1:
+        return 0.0
+    links, carried = 2 * _levels(workers, ports), size / bandwidth
+    if blocks is not None:
+        at_least(1, blocks=blocks)
+        return (links + blocks - 1) * (latency + carried / blocks)
+    return _best_pipeline(links - 1, carried, latency)
+
+
+def _best_pipeline(fill: int, carried: float, latency: float) -> float:
+    """The least ``(fill + k) (latency + carried / k)`` over all k of at least 1."""
+    if fill * carried <= latency:  # one block is the best
+        return (fill + 1) * (latency + carried)
+    return (math.sqrt(carried) + math.sqrt(fill * latency)) ** 2
+
+
+def _levels(workers: int, fan_out: int = 2) -> int:
+    """How many levels of ``fan_out`` branches it takes to reach so many workers, without a logarithm's rounding."""
+    levels, reached = 0, 1
+    while reached < workers:
+        levels, reached = levels + 1, reached * fan_out
+    return levels
 
 
 def hierarchical_time(
@@ -132,7 +208,7 @@ def straggler_factor(workers: int, spread: float) -> float:
     Each worker's time is normal with standard deviation ``spread`` (a share of the mean). The expected maximum of N
     standard normal numbers is an integral, not a draw: the result is always the same.
     """
-    _at_least_one(workers=workers)
+    at_least(1, workers=workers)
     if not 0 <= spread < math.inf:
         raise ValueError(f"spread={spread!r}: must be 0 or positive")
     if workers == 1 or spread == 0:
@@ -160,7 +236,8 @@ def simulate_scaling(
     ----------
     compute_time : seconds of forward and backward pass on one worker.
     size : bytes of the gradients.
-    algorithm : ``ring_time``, ``tree_time``, or ``hierarchical_time`` with its node's figures bound by ``partial``.
+    algorithm : ``ring_time``, ``tree_time``, ``double_tree_time``, ``in_network_time``, or ``hierarchical_time`` with
+        its node's figures bound by ``partial``.
     scaling : ``"weak"``: each worker keeps its batch, so the global batch grows; ``"strong"``: the global batch stays,
         and each worker computes 1/N of it (taken to need 1/N of the time: true of large batches only).
     buckets : parts in which the gradients are sent, each as soon as it is ready; 1 waits for the whole.
@@ -178,7 +255,7 @@ def simulate_scaling(
         raise ValueError(f"backward_share={backward_share!r}: must lie between 0 and 1")
     if scaling not in ("weak", "strong"):
         raise ValueError(f"scaling={scaling!r}: must be 'weak' or 'strong'")
-    _at_least_one(buckets=buckets)
+    at_least(1, buckets=buckets)
     rows = []
     for n in workers:
         compute = compute_time * straggler_factor(n, spread) / (n if scaling == "strong" else 1)
@@ -306,15 +383,9 @@ def _check_link(
         raise ValueError(f"{names[0]}={bandwidth!r}: must be a positive number of bytes a second")
     if not 0 <= latency < math.inf:
         raise ValueError(f"{names[1]}={latency!r}: must be a number of seconds, 0 or more")
-    _at_least_one(**{names[2]: workers})
+    at_least(1, **{names[2]: workers})
 
 
 def _check_fraction(serial_fraction: float) -> None:
     if not 0 <= serial_fraction <= 1:
         raise ValueError(f"serial_fraction={serial_fraction!r}: must lie between 0 and 1")
-
-
-def _at_least_one(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

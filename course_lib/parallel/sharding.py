@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import batches, load
 from course_lib.lab.models import mlp
 from course_lib.parallel.data_parallel import average_gradients, broadcast_tensors, local_loss, shard
@@ -240,8 +241,7 @@ def memory_per_rank(
     for name, value in {"parameters": parameters, **sizes}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be 0 or more")
-    if world_size < 1:
-        raise ValueError(f"world_size is {world_size!r}; it must be at least 1")
+    at_least(1, world_size=world_size)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage is {stage!r}; it must be 0, 1, 2 or 3")
     state = bytes_state / (world_size if stage >= 1 else 1)

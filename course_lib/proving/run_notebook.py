@@ -28,6 +28,8 @@ from course_lib.lab.runtime import checkout
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
+ANSWERED = re.compile(r"(?<![\w.])answered\(")  # the result of a prediction
+CLAIMED = re.compile(r"(?<!\w)claims\.claim\(")
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -70,6 +72,7 @@ def run(path: Path) -> Execution:
     for cell in notebook.cells:
         if text := _tidy_cell(cell):
             stderr[cell.execution_count] = text
+    _fold_answers(notebook)
     _tidy_notebook(notebook)
     _replace(path, nbformat.writes(notebook) + "\n")
     return Execution(path, time.perf_counter() - started, cell_seconds, stderr)
@@ -171,6 +174,23 @@ def _tidy_cell(cell: NotebookNode) -> str:
         if png := output.get("data", {}).get("image/png"):
             output.data["image/png"] = smaller_png(png)
     return dropped
+
+
+def _fold_answers(notebook: NotebookNode) -> None:
+    """Fold away what would answer a prediction before it is made.
+
+    That is the stored output of the cell that answers it and of those that follow up to the next words, and claims in
+    their source; JupyterLab unfolds an output when its cell is run.
+    """
+    answering = False
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            answering = False
+            continue
+        answering = answering or ANSWERED.search(cell.source) is not None
+        if answering:
+            folded = {"outputs_hidden": True} | ({"source_hidden": True} if CLAIMED.search(cell.source) else {})
+            cell.metadata["jupyter"] = {**cell.metadata.get("jupyter", {}), **folded}
 
 
 def smaller_png(encoded: str) -> str:

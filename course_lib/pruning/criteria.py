@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Split, batches
 from course_lib.lab.training import Objective, cross_entropy
 from course_lib.pruning.masks import (
@@ -381,8 +382,7 @@ def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _examples(model: nn.Module, data: Any, batch_size: int) -> list[Batch]:
     """Return the data in batches, on the device and in the type of the model's weights."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: must be at least 1")
+    at_least(1, batch_size=batch_size)
     if data is None or (not isinstance(data, Split) and len(data) == 0):
         raise ValueError(f"data={data!r}: this criterion looks at examples; give a Split or a batch (x, y)")
     like = next(model.parameters())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.lab import tracing
+from course_lib.lab.arguments import at_least
 from course_lib.lab.tracing import ChannelGroup, Channels, Inputs, Member, groups_of, open_attention
 from course_lib.pruning.masks import PRUNABLE, apply_masks, get_masks, make_permanent
 
@@ -112,8 +113,7 @@ def prune_channels(
         raise ValueError(f"sparsity={sparsity!r}: must be at least 0 and less than 1")
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r}: must be 'layer' or 'global'")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: must be a whole number of at least 1")
+    at_least(1, round_to=round_to)
     channels = follow(model, example_input, keep)
     prunable = {group.name: group for group in groups_of(channels) if group.why_not is None}
     if unknown := sorted(set(groups or ()) - set(prunable)):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset
 from course_lib.lab.stepping import after_each_step
 from course_lib.lab.training import Recipe, evaluate, fit, fresh
@@ -106,8 +107,7 @@ def iterative(
     One row a round: ``sparsity``, and the validation accuracy right after pruning (``pruned``) and after training
     (``trained``).
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: must be at least 1")
+    at_least(1, rounds=rounds)
     rows = []
     for r in range(1, rounds + 1):
         target = geometric_sparsity(r, rounds=rounds, final=sparsity)
@@ -157,7 +157,7 @@ def gradual(
     """
     checked_sparsity(sparsity)
     cubic_sparsity(0, begin=begin, end=end, final=sparsity)
-    _at_least_one(every=every)
+    at_least(1, every=every)
     _start_dense(model, list(criterion(model, data)))
 
     def prune(optimizer: Optimizer, step: int) -> None:
@@ -321,7 +321,7 @@ def rigl(
     every, end : steps; the paper takes 100, and three quarters of all.
     fraction : of the weights that move at first; it falls to zero at ``end`` (``drop_fraction``).
     """
-    _at_least_one(every=every, end=end)
+    at_least(1, every=every, end=end)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction!r}: must be more than 0 and at most 1")
     each = sparsity if isinstance(sparsity, Mapping) else erdos_renyi_kernel(model, sparsity)
@@ -351,9 +351,3 @@ def _replace_mask(optimizer: Optimizer, model: nn.Module, name: str, mask: Tenso
     for state in optimizer.state[weight].values():
         if isinstance(state, Tensor) and state.shape == weight.shape:
             state[new] = 0
-
-
-def _at_least_one(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: must be at least 1")

@@ -1,7 +1,6 @@
 """What the tests of the exercises' checks share: useless answers, and what each chapter's checks must do with them."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import nbformat
 
 from course_lib.lab import exercises
 from course_lib.lab.exercises import check
+from course_lib.lab.judging import OpenProject
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -43,25 +43,21 @@ def assert_hinted(exercise: str, answer: Any, message: str, hint: str) -> None:
     assert re.search(hint, found.hint), found
 
 
-def assert_all_made(listed: Sequence[tuple[Any, str, Any]], exercise: str, mistakes: Sequence[Sequence[Any]]) -> None:
-    """Each mistake that a check lists, ``(rule, message, hints)``, is made by one of those that are tried."""
-    met = [check(made, answer).message for made, answer, *_ in mistakes if made == exercise]
-    for _, message, hints in listed:
-        assert any(said.startswith(message) for said in met), message
-        assert hints
+def asked(notebook: str) -> dict[str, str]:
+    """What the notebook's cells hand to `check`, an expression, by exercise; open projects have no one solution."""
+    read = nbformat.read(NOTEBOOKS / notebook, as_version=4)
+    source = "\n".join(cell.source for cell in read.cells if cell.cell_type == "code")
+    found = re.findall(r'^check\("(\d\d\.\d+)", (.+)\)$', source, flags=re.MULTILINE)
+    checked = {exercise: answer for exercise, answer in found if "record=False" not in answer}
+    assert checked, f"{notebook} checks nothing"
+    return {e: answer for e, answer in checked.items() if not isinstance(exercises._find(e), OpenProject)}
 
 
-def assert_no_two_alike(results: Sequence[Any]) -> None:
-    """Else the first in a list of mistakes would take the other's place, and the hint would mislead."""
-    for first in range(len(results)):
-        for second in range(first):
-            assert not exercises.close(results[first], results[second]), (second, first)
-
-
-def printed_solutions(notebook: str, **names: Any) -> dict[str, Any]:
-    """The functions under "Solutions", which see ``names``, imported at the notebook's top."""
+def assert_printed_solution_passes(notebook: str, exercise: str, **names: Any) -> None:
+    """The solution that stands under "Solutions", which sees ``names``, imported at the notebook's top."""
     read = nbformat.read(NOTEBOOKS / notebook, as_version=4)
     (folded,) = [cell.source for cell in read.cells if "<b>Solutions</b>" in cell.source]
     (code,) = re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)
     exec(code, names)
-    return names
+    found = check(exercise, eval(asked(notebook)[exercise], names))
+    assert found.state == "passed", found

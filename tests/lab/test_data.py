@@ -281,7 +281,7 @@ def test_a_constant_channel_is_not_divided_by_zero():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
         ({"batch_size": 4, "augment": random_shift}, "augment needs generator"),
         (
             {"batch_size": 4, "generator": seeded(), "augment": lambda x, y, generator, alpha: (x, y)},

@@ -164,5 +164,5 @@ def test_a_small_network_learns_them_and_difficulty_makes_it_harder(domain):
     ],
 )
 def test_bad_knobs_are_named(argument, value):
-    with pytest.raises(ValueError, match=rf"{argument} is {value!r}"):
+    with pytest.raises(ValueError, match=rf"{argument}( is |=){value!r}"):
         glyphs.generate(**{"count": 10, argument: value})

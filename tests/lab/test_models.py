@@ -280,7 +280,7 @@ def test_mlp_takes_tables() -> None:
     for make in (convnet, resnet, vit):
         with pytest.raises(ValueError, match=r"input_shape must be three positive integers .*, got \(13,\)"):
             make((13,), 3)
-    with pytest.raises(ValueError, match="input_shape must be an integer of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="input_shape=0: must be a whole number of at least 1"):
         mlp((0,), 3)
 
 
@@ -355,16 +355,16 @@ def test_a_bad_input_shape_is_refused(make, shape) -> None:
 @pytest.mark.parametrize("name", ["classes", "width"])
 @pytest.mark.parametrize("value", [0, -3, 2.5, True, "8"])
 def test_a_bad_size_is_refused(make, name: str, value) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be an integer of 1 or more, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"{name}={value!r}: must be a whole number of at least 1"):
         make((1, 8, 8), **{"classes": 10, name: value})
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (mlp, {"depth": -1}, "depth must be an integer of 0 or more, got -1"),
-        (vit, {"depth": 1.5}, "depth must be an integer of 0 or more, got 1.5"),
-        (vit, {"heads": 0}, "heads must be an integer of 1 or more, got 0"),
+        (mlp, {"depth": -1}, "depth=-1: must be a whole number of at least 0"),
+        (vit, {"depth": 1.5}, "depth=1.5: must be a whole number of at least 0"),
+        (vit, {"heads": 0}, "heads=0: must be a whole number of at least 1"),
         (vit, {"width": 30, "heads": 4}, r"width must be a multiple of heads \(4\), got 30"),
         (vit, {"patch": 3}, r"patch must divide the image's 8x8 pixels: \[1, 2, 4, 8\], got 3"),
         (vit, {"patch": 0}, "patch must divide"),

@@ -1,10 +1,16 @@
 """Figures: what is drawn is what was given."""
 
+import io
+from base64 import b64decode
+
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from nbclient import NotebookClient
+from PIL import Image
 from scipy import stats
 
 from course_lib.lab import plotting
@@ -139,3 +145,13 @@ def test_a_chapter_counts_as_written_when_its_notebook_is_there(tmp_path, monkey
     monkeypatch.setattr("course_lib.lab.chapters.checkout", lambda: None)
     boxes = [p for p in plotting.chapter_map().axes[0].patches if isinstance(p, FancyBboxPatch)]
     assert all(box.get_linestyle() != "-" for box in boxes)
+
+
+def test_a_notebook_stores_figures_at_twice_the_size_they_are_shown_at():
+    source = "from course_lib.lab import plotting\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    (shown,) = [output for output in notebook.cells[0].outputs if "image/png" in output.get("data", {})]
+    stored, at = Image.open(io.BytesIO(b64decode(shown.data["image/png"]))).size, shown.metadata["image/png"]
+    assert stored == pytest.approx((2 * at["width"], 2 * at["height"]), abs=1)
+    assert 400 < at["width"] < 600

@@ -102,13 +102,13 @@ def test_nobody_watches_a_test() -> None:
 
 def test_a_terminal_and_a_notebook_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_VERSION")
-    monkeypatch.setattr(runtime, "_in_notebook", lambda: False)
+    monkeypatch.setattr(runtime, "in_notebook", lambda: False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert not runtime.interactive()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert runtime.interactive()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    monkeypatch.setattr(runtime, "_in_notebook", lambda: True)
+    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
     assert runtime.interactive()
 
 
@@ -117,7 +117,7 @@ def test_a_terminal_and_a_notebook_are_watched(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_silence_is_kept_in_a_notebook_too(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_VERSION")
-    monkeypatch.setattr(runtime, "_in_notebook", lambda: True)
+    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
     monkeypatch.setenv(name, value)
     assert not runtime.interactive()
 
@@ -309,7 +309,7 @@ def test_everybodys_name_in_a_shared_folder_is_asked_for_once(tmp_path: Path, mo
     monkeypatch.setenv("COURSE_HOME", str(tmp_path / "class"))
     assert runtime.learner() == "jovyan", "nobody watches"
     monkeypatch.setattr(runtime, "interactive", lambda: True)
-    monkeypatch.setattr(runtime, "_in_notebook", lambda: True)
+    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
     assert [runtime.learner() for _ in range(3)] == ["Ada_Lovelace"] * 3
     assert len(asked) == 1
 

@@ -86,12 +86,12 @@ def test_a_timing_is_shown_in_a_fitting_unit(watch, seconds, shown):
 
 @pytest.mark.parametrize("wrong", [{"warmup": -1}, {"repeats": 0}])
 def test_measure_refuses(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: {next(iter(wrong.values()))} is too few"):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}={next(iter(wrong.values()))}: must be a whole number"):
         measure(lambda: None, device="cpu", **wrong)
 
 
 def test_compare_speed_refuses_no_rounds():
-    with pytest.raises(ValueError, match="rounds: 0 is too few"):
+    with pytest.raises(ValueError, match="rounds=0: must be a whole number of at least 1"):
         compare_speed(lambda: None, lambda: None, rounds=0, device="cpu")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 matplotlib.use("agg")
 
-from course_lib.lab.widgets import Explorer, choice, explorer, log_slider, slider, to_png
+from course_lib.lab.widgets import LIVE, Explorer, choice, explorer, log_slider, slider, to_png
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,8 @@ def test_turning_a_control_redraws(waves, drawn):
     assert drawn[-1] == ("cos", 9, 0.1)
     controls["frequency"].value = 5
     controls["kind"].value = "sin"
-    assert image.value == first
+    assert image.value == to_png(waves(), LIVE)
+    assert image.width == "576"
 
 
 def test_a_draw_error_is_shown_in_the_widget_until_the_next_good_picture(waves):
@@ -188,10 +189,12 @@ def test_whole_numbers_stay_whole_and_others_do_not():
 def test_the_output_holds_widget_picture_content_and_text(waves):
     from course_lib.proving.figures import FIGURE_MIME
 
-    bundle = waves._repr_mimebundle_()
+    bundle, metadata = waves._repr_mimebundle_()
     assert set(bundle) == {"application/vnd.jupyter.widget-view+json", "image/png", FIGURE_MIME, "text/plain"}
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == waves.widget.model_id
     assert b64decode(bundle["image/png"]) == waves.widget.children[2].value
+    assert metadata == {"image/png": {"width": 576}}
+    assert waves.widget.children[2].width == "576"
     assert "sin 5" in json.dumps(bundle[FIGURE_MIME])
     assert bundle["text/plain"] == (
         "Explorer: kind = sin (one of 'sin', 'cos'); frequency = 5 (whole numbers from 1 to 20); "
@@ -200,9 +203,9 @@ def test_the_output_holds_widget_picture_content_and_text(waves):
 
 
 def test_the_output_shows_the_default_state_whatever_was_turned(waves):
-    before = waves._repr_mimebundle_()["image/png"]
+    before = waves._repr_mimebundle_()[0]["image/png"]
     controls_of(waves.widget)["frequency"].value = 9
-    assert waves._repr_mimebundle_()["image/png"] == before
+    assert waves._repr_mimebundle_()[0]["image/png"] == before
 
 
 def test_pictures_are_small_even_with_many_colours():
@@ -210,12 +213,12 @@ def test_pictures_are_small_even_with_many_colours():
     figure, axes = plt.subplots(figsize=(6.4, 3.8))
     axes.imshow(generator.random((120, 200, 3)) * np.linspace(0, 1, 200)[None, :, None], aspect="auto")
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=90)
+    figure.savefig(raw, format="png", dpi=180)
     x, y = np.meshgrid(np.linspace(-2, 2, 200), np.linspace(-1, 3, 200))
     landscape, axes = plt.subplots(figsize=(6.4, 3.8))
     axes.contourf(x, y, np.log1p((1 - x) ** 2 + 100 * (y - x**2) ** 2), levels=40)
     assert len(to_png(figure)) < 0.6 * raw.tell()
-    assert len(to_png(landscape)) < 60_000
+    assert len(to_png(landscape)) < 90_000
     plt.close("all")
 
 
@@ -248,7 +251,8 @@ def test_an_executed_notebook_stores_the_picture_twice_and_shows_it_once():
     stored = images[0]["buffers"][0]
     assert stored["path"] == ["value"]
     assert b64decode(stored["data"]) == b64decode(png)
-    assert Image.open(io.BytesIO(b64decode(png))).size == (576, 342)
+    assert outputs[0].metadata["image/png"]["width"] == 576
+    assert Image.open(io.BytesIO(b64decode(png))).size == (1152, 684)  # twice what it is shown at
     # The plain call gives its figure as the cell's result, and the inline backend does not show it again.
     assert [output.output_type for output in notebook.cells[2].outputs] == ["execute_result"]
     assert "image/png" in notebook.cells[2].outputs[0].data

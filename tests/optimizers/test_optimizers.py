@@ -624,7 +624,7 @@ def test_wrappers_share_groups_with_their_base(wrap: Any) -> None:
     assert optimizer.param_groups[0]["lr"] == 7.0
     with pytest.raises(ValueError, match="must also have 'base'"):
         optimizer.load_state_dict(base.state_dict())
-    with pytest.raises(ValueError, match="lr is -1"):
+    with pytest.raises(ValueError, match="lr=-1"):
         optimizer.add_param_group({"params": [net.gain], "lr": -1})
 
 
@@ -856,11 +856,11 @@ def test_bad_arguments_name_argument_value_and_range(cls: Any, argument: str, va
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: SAM(SGD(p), rho=-1), "rho is -1; it must be a finite number >= 0"),
-        (lambda p: SAM(SGD(p), adaptive=1), "adaptive is 1; it must be True or False"),
+        (lambda p: SAM(SGD(p), rho=-1), "rho=-1: must be a finite number >= 0"),
+        (lambda p: SAM(SGD(p), adaptive=1), "adaptive=1: must be True or False"),
         (lambda p: SAM(SGD), "base is .* it must be an optimizer"),
-        (lambda p: Lookahead(SGD(p), k=0), "k is 0; it must be an integer >= 1"),
-        (lambda p: Lookahead(SGD(p), alpha=1.1), "alpha is 1.1; it must be a number from 0 to 1"),
+        (lambda p: Lookahead(SGD(p), k=0), "k=0: must be an integer >= 1"),
+        (lambda p: Lookahead(SGD(p), alpha=1.1), "alpha=1.1: must be a number from 0 to 1"),
         (lambda p: Muon([nn.Parameter(torch.ones(3))]), r"shape \(3,\); Muon takes tensors of 2 dimensions only"),
         (lambda p: SGD([nn.Parameter(torch.ones(3, dtype=torch.complex64))]), "complex64"),
         (lambda p: SGD([]), "empty parameter list"),

@@ -6,6 +6,7 @@ import copy
 import math
 import multiprocessing
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -482,6 +483,136 @@ def test_tree_time_is_that_of_a_tree_played_message_by_message(workers: int) -> 
     assert scaling.tree_time(8e6, workers=workers, **LINK) == pytest.approx(clocks.max(), rel=1e-12)
 
 
+def in_order_tree(nodes: int) -> dict[int, int]:
+    """The parent of each of 1 to n in a binary tree whose leaves are the odd numbers; its root's parent is 0."""
+    parents = {}
+    for node in range(1, nodes + 1):
+        bit = node & -node
+        above = (node ^ bit) | (bit << 1)
+        parents[node] = above if above <= nodes else node ^ bit
+    return parents
+
+
+def two_trees(nodes: int) -> tuple[dict[int, int], dict[int, int]]:
+    """The tree, and the same with its nodes renamed so that the inner ones, the even numbers, are its leaves."""
+    tree = in_order_tree(nodes)
+    other = {node: node % nodes + 1 if nodes % 2 else nodes + 1 - node for node in tree} | {0: 0}
+    return tree, {other[node]: other[parent] for node, parent in tree.items()}
+
+
+def two_kinds_of_rounds(trees: Sequence[dict[int, int]]) -> dict[tuple[int, int], int]:
+    """The edges ``(tree, child)`` in two kinds: of those that one worker sends on, or receives on, one of each kind."""
+    edges = [(k, child) for k, tree in enumerate(trees) for child in tree]
+    senders = {edge: [e for e in edges if trees[e[0]][e[1]] == trees[edge[0]][edge[1]]] for edge in edges}
+    receivers = {edge: [e for e in edges if e[1] == edge[1]] for edge in edges}
+    kinds: dict[tuple[int, int], int] = {}
+    for first in edges:
+        waiting = [(first, 0)] if first not in kinds else []
+        while waiting:
+            edge, kind = waiting.pop()
+            assert kinds.setdefault(edge, kind) == kind
+            clashing = {*senders[edge], *receivers[edge]} - {edge}
+            waiting += [(other, 1 - kind) for other in clashing if other not in kinds]
+    return kinds
+
+
+def broadcast_rounds(workers: int, blocks: int) -> int:
+    """Rounds until all have each block of both halves, in each of which a worker sends one block and receives one."""
+    trees = two_trees(workers - 1)
+    kinds = two_kinds_of_rounds(trees)
+    have = [dict.fromkeys(range(1, workers), 0) | {0: blocks} for _ in trees]
+    rounds = 0
+    while any(count < blocks for half in have for count in half.values()):
+        parity = rounds % 2
+        moving = [(k, child) for (k, child), kind in kinds.items() if kind == parity]
+        moving = [(k, child) for k, child in moving if have[k][child] < have[k][trees[k][child]]]
+        senders, receivers = [trees[k][child] for k, child in moving], [child for _, child in moving]
+        assert len(set(senders)) == len(senders)
+        assert len(set(receivers)) == len(receivers)
+        for k, child in moving:
+            have[k][child] += 1
+        rounds += 1
+    return rounds
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 8, 13, 16, 32, 33])
+@pytest.mark.parametrize("blocks", [1, 4, 9])
+def test_double_tree_time_is_that_of_two_trees_played_block_by_block(workers: int, blocks: int) -> None:
+    """A broadcast, and before it the same backwards; where a tree is not full it may be done one round earlier."""
+    round_seconds = LINK["latency"] + 8e6 / (2 * blocks) / LINK["bandwidth"]
+    rounds = scaling.double_tree_time(8e6, workers=workers, blocks=blocks, **LINK) / round_seconds
+    played = 2 * broadcast_rounds(workers, blocks)
+    full = workers in (2, 8, 16, 32)
+    assert rounds == pytest.approx(played, rel=1e-12) if full else played <= round(rounds, 9) <= played + 2
+
+
+def arrival_of_the_sum(workers: int, ports: int, blocks: int) -> float:
+    """When the last block of the sum has reached all workers, every link carrying one block at a time each way."""
+    seconds = LINK["latency"] + 8e6 / blocks / LINK["bandwidth"]
+    nodes = [np.zeros(blocks) for _ in range(workers)]  # when each has each block: the workers have their own at once
+    levels = 0
+    while len(nodes) > 1:
+        nodes = [
+            np.max([sent_on(node, seconds) for node in nodes[k : k + ports]], 0) for k in range(0, len(nodes), ports)
+        ]
+        levels += 1
+    arrived = nodes[0]
+    for _ in range(levels):  # all ports of a switch send down at once, so any one way down is like the others
+        arrived = sent_on(arrived, seconds)
+    return float(arrived[-1])
+
+
+def sent_on(ready: np.ndarray, seconds: float) -> np.ndarray:
+    """When the blocks that are ready at these times are at the other end of a link."""
+    free, arrived = 0.0, []
+    for time in ready:
+        free = max(free, float(time)) + seconds
+        arrived.append(free)
+    return np.array(arrived)
+
+
+@pytest.mark.parametrize(("workers", "ports"), [(2, 32), (8, 2), (32, 32), (33, 32), (100, 4)])
+@pytest.mark.parametrize("blocks", [1, 3, 10])
+def test_in_network_time_is_that_of_switches_played_block_by_block(workers: int, ports: int, blocks: int) -> None:
+    found = scaling.in_network_time(8e6, workers=workers, ports=ports, blocks=blocks, **LINK)
+    assert found == pytest.approx(arrival_of_the_sum(workers, ports, blocks), rel=1e-12)
+
+
+@pytest.mark.parametrize("time", [scaling.double_tree_time, scaling.in_network_time])
+@pytest.mark.parametrize("size", [0, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("workers", [2, 3, 64, 1000])
+def test_no_number_of_blocks_is_better_than_the_best(time: Any, size: float, workers: int) -> None:
+    some = [time(size, workers=workers, blocks=k, **LINK) for k in (*range(1, 100), *range(100, 2000, 20))]
+    best = time(size, workers=workers, **LINK)
+    assert best <= min(some) * (1 + 1e-12)
+    assert best == pytest.approx(min(some), rel=0.01)  # whole numbers come that close
+
+
+@pytest.mark.parametrize(
+    ("time", "latencies", "vectors"), [(scaling.double_tree_time, 4 * 10, 2), (scaling.in_network_time, 2 * 2, 1)]
+)
+def test_pipelines_cost_a_few_latencies_and_the_bytes(time: Any, latencies: int, vectors: int) -> None:
+    """A thousand workers: 10 levels of a binary tree, 2 of switches with 32 ports."""
+    assert time(1e9, workers=1, **LINK) == 0
+    assert time(0, workers=1000, **LINK) == pytest.approx(latencies * LINK["latency"])
+    assert time(1e14, workers=1000, **LINK) == pytest.approx(vectors * 1e14 / LINK["bandwidth"], rel=0.01)
+    assert time(1e9, 1e9, 0.0, 1000) == pytest.approx(vectors)
+
+
+def test_switches_halve_the_time_of_a_large_ring_and_two_trees_that_of_a_long_one() -> None:
+    ring, trees, switches = (
+        scaling.ring_time(1e12, workers=512, **LINK),
+        scaling.double_tree_time(1e12, workers=512, **LINK),
+        scaling.in_network_time(1e12, workers=512, **LINK),
+    )
+    assert switches / ring == pytest.approx(0.5, rel=0.01)
+    assert trees / ring == pytest.approx(1, rel=0.01)
+    long = {"workers": 10_000, **LINK}
+    assert scaling.double_tree_time(1e8, **long) < scaling.ring_time(1e8, **long) / 2
+    few, many = (scaling.double_tree_time(0, workers=n, **LINK) for n in (1000, 1000**2))
+    assert many == pytest.approx(2 * few)  # the square of the workers: twice the levels
+
+
 def test_ring_beats_tree_for_large_messages_and_loses_for_small_ones() -> None:
     assert scaling.ring_time(1e9, workers=64, **LINK) < scaling.tree_time(1e9, workers=64, **LINK)
     assert scaling.ring_time(1e3, workers=64, **LINK) > scaling.tree_time(1e3, workers=64, **LINK)
@@ -589,6 +720,11 @@ def test_a_link_is_found_again_from_its_times() -> None:
         (lambda: scaling.ring_time(1, 0, 0, 2), "bandwidth"),
         (lambda: scaling.tree_time(1, 1e9, -1, 2), "latency"),
         (lambda: scaling.tree_time(1, 1e9, 0, 0), "workers"),
+        (lambda: scaling.double_tree_time(1, 1e9, 0, 8, blocks=0), "blocks=0"),
+        (lambda: scaling.double_tree_time(1, 1e9, 0, 1.5), "workers=1.5"),  # type: ignore[arg-type]
+        (lambda: scaling.in_network_time(1, 1e9, 0, 8, ports=1), "ports=1"),
+        (lambda: scaling.in_network_time(1, 1e9, 0, 8, blocks=-2), "blocks=-2"),
+        (lambda: scaling.in_network_time(1, 0, 0, 8), "bandwidth"),
         (lambda: scaling.hierarchical_time(1, 1e9, 0, 8, per_node=0, node_bandwidth=1, node_latency=0), "per_node"),
         (lambda: scaling.simulate_scaling(0, 1, 1, 0, [1]), "compute_time"),
         (lambda: scaling.simulate_scaling(1, 1, 1, 0, [1], buckets=0), "buckets"),

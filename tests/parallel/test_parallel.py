@@ -398,10 +398,10 @@ def test_bad_arguments_are_named() -> None:
         """A function that no other process can import."""
 
     cases: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
-        (launch, (functions.echo, 0), {}, "world_size must be an integer of 1 or more, got 0"),
-        (launch, (functions.echo, True), {}, "world_size must be an integer of 1 or more, got True"),
-        (launch, (functions.echo, 2.0), {}, "world_size must be an integer of 1 or more, got 2.0"),
-        (launch, (functions.echo, 2), {"threads": 0}, "threads must be an integer of 1 or more, got 0"),
+        (launch, (functions.echo, 0), {}, "world_size=0: must be a whole number of at least 1"),
+        (launch, (functions.echo, True), {}, "world_size=True: must be a whole number of at least 1"),
+        (launch, (functions.echo, 2.0), {}, "world_size=2.0: must be a whole number of at least 1"),
+        (launch, (functions.echo, 2), {"threads": 0}, "threads=0: must be a whole number of at least 1"),
         (launch, (functions.echo, 2), {"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
         (launch, (functions.echo, 2), {"timeout": float("inf")}, "timeout must be .* got inf"),
         (launch, (functions.echo, 2), {"timeout": None}, "timeout must be .* got None"),
@@ -629,8 +629,8 @@ def test_schedules() -> None:
     for call, message in (
         (lambda: parallel.ring_schedule(4, 0, 4), "rank must lie between 0 and 3, got 4"),
         (lambda: parallel.ring_schedule(0, 6, 4), r"step must be at least 0 and below 2 \(N - 1\) = 6, got 6"),
-        (lambda: parallel.tree_rounds(0), "world_size must be an integer of 1 or more, got 0"),
-        (lambda: parallel.ring_bytes(8, 0), "world_size must be an integer of 1 or more, got 0"),
+        (lambda: parallel.tree_rounds(0), "world_size=0: must be a whole number of at least 1"),
+        (lambda: parallel.ring_bytes(8, 0), "world_size=0: must be a whole number of at least 1"),
         (lambda: parallel.measure_collectives([]), "sizes must be numbers of bytes"),
         (lambda: parallel.measure_collectives([4], 0), "repeats must be 1 or more, got 0"),
     ):

@@ -176,10 +176,10 @@ def test_measure_overlap_times_every_method() -> None:
         (lambda: relative_difference({"a": torch.ones(1)}, {}), r"\['a'\] are in one of them only"),
         (lambda: memory_per_rank(-1, 2, 0), "parameters is -1; it must be 0 or more"),
         (lambda: memory_per_rank(1, 2, 0, bytes_state=-4), "bytes_state is -4"),
-        (lambda: memory_per_rank(1, 0, 0), "world_size is 0; it must be at least 1"),
+        (lambda: memory_per_rank(1, 0, 0), "world_size=0: must be a whole number of at least 1"),
         (lambda: memory_per_rank(1, 2, 4), "stage is 4; it must be 0, 1, 2 or 3"),
-        (lambda: train_resumably("nowhere", steps=0), "steps is 0; it must be at least 1"),
-        (lambda: train_resumably("nowhere", every=0), "every is 0; it must be at least 1"),
+        (lambda: train_resumably("nowhere", steps=0), "steps=0: must be a whole number of at least 1"),
+        (lambda: train_resumably("nowhere", every=0), "every=0: must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_are_named(call: Any, words: str) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_lib.lab.arguments import at_least
+
 Inputs = Tensor | tuple[Tensor, ...]
 Augment = Callable[[Any, torch.Generator], Any] | Callable[[Any, Tensor, torch.Generator], tuple[Any, Tensor]]
 """``(x, generator) -> x`` on a whole batch, or ``(x, y, generator) -> (x, y)`` where labels change too (mixup, CutMix).
@@ -231,8 +233,7 @@ def batches(
     ------
     ValueError : at the call, not at the first batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    at_least(1, batch_size=batch_size)
     if augment is not None and generator is None:
         raise ValueError("augment needs generator=torch.Generator(): its randomness comes from there")
     if generator is not None and generator.device.type != "cpu":
