@@ -1,6 +1,7 @@
 """The project's own rules: lint, types, pins, who may import whom, what belongs to which chapter, and the commands."""
 
 import ast
+import base64
 import os
 import re
 import shutil
@@ -195,6 +196,50 @@ def test_a_notebook_has_its_module_and_its_tests(name: str) -> None:
     cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
     if any(re.search(r"\bcheck\(['\"]\d\d\.\d", cell.source) for cell in cells if cell.cell_type == "code"):
         assert (PACKAGE / "checks" / f"chapter_{name[:2]}.py").is_file(), f"{name} uses check(): its checks are missing"
+
+
+WIDTH, HEIGHT = 88, 24  # a column of the docs, half a laptop's screen
+
+
+def cells_of(name: str, kind: str) -> list[tuple[int, nbformat.NotebookNode]]:
+    cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
+    return [(number, cell) for number, cell in enumerate(cells) if cell.cell_type == kind]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_code_fits_a_column_of_the_docs(name: str) -> None:
+    wrong = []
+    for number, cell in cells_of(name, "code"):
+        lines = cell.source.splitlines()
+        wrong += [f"cell {number}: {len(lines)} lines, {HEIGHT} at most"] * (len(lines) > HEIGHT)
+        wrong += [
+            f"cell {number}, {len(line)} characters, {WIDTH} at most: {line}" for line in lines if len(line) > WIDTH
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_figures_are_sharp(name: str) -> None:
+    """Stored at twice the size at which they are shown: the picture says so in its metadata."""
+    wrong = []
+    for number, cell in cells_of(name, "code"):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                shown = output.get("metadata", {}).get("image/png", {}).get("width", 0)
+                stored = int.from_bytes(base64.b64decode(output.data["image/png"])[16:20], "big")
+                if not shown or abs(stored / shown - 2) > 0.02:
+                    wrong.append(f"cell {number}: {stored} pixels wide, shown at {shown or 'no stated width'}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_number_of_a_paper_is_a_link(name: str) -> None:
+    wrong = []
+    for number, cell in cells_of(name, "markdown"):
+        bare = re.sub(r"\[[^\]]*\]\(https?://[^)]*\)", "", cell.source)
+        found = re.findall(r"(?:arXiv:|arxiv\.org/|doi:|doi\.org/)\S+", bare)
+        wrong += [f"cell {number}: {what} is no link" for what in found]
+    assert not wrong, "\n".join(wrong)
 
 
 def technique_files(module: str) -> list[Path]:

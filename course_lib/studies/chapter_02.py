@@ -1,6 +1,6 @@
 """Chapter 2's study: which optimizer, on a convolutional network and real images, each at its best rate?
 
-Seven optimizers, each tuned over four learning rates a factor of about three apart, with two seeds, on the validation
+Seven optimizers, each tuned over five learning rates a factor of about three apart, with two seeds, on the validation
 split; the best rate of each is then trained with five other seeds and measured on the test split. All with a cosine
 schedule, weight decay 0, float32. MNIST with 2,000 labels and CIFAR-10 with 10,000: few enough that it matters how
 well a run of this length uses them. (Muon is not among them: it takes
@@ -30,18 +30,18 @@ def cosine(optimizer: Optimizer, steps: int) -> CosineAnnealingLR:
 
 
 MAKERS: dict[str, tuple[Callable[..., Optimizer], tuple[float, ...]]] = {
-    "SGD": (optimizers.SGD, (0.1, 0.3, 1.0, 3.0)),
-    "momentum": (partial(optimizers.SGD, momentum=0.9), (0.03, 0.1, 0.3, 1.0)),
-    "Adagrad": (optimizers.Adagrad, (0.01, 0.03, 0.1, 0.3)),
-    "RMSprop": (optimizers.RMSprop, (0.001, 0.003, 0.01, 0.03)),
-    "Adam": (optimizers.Adam, (0.001, 0.003, 0.01, 0.03)),
-    "Lion": (optimizers.Lion, (0.0003, 0.001, 0.003, 0.01)),
-    "LAMB": (partial(optimizers.LAMB, weight_decay=0.0), (0.01, 0.03, 0.1, 0.3)),
+    "SGD": (optimizers.SGD, (0.1, 0.3, 1.0, 3.0, 10.0)),
+    "momentum": (partial(optimizers.SGD, momentum=0.9), (0.03, 0.1, 0.3, 1.0, 3.0)),
+    "Adagrad": (optimizers.Adagrad, (0.01, 0.03, 0.1, 0.3, 1.0)),
+    "RMSprop": (optimizers.RMSprop, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "Adam": (optimizers.Adam, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "Lion": (optimizers.Lion, (0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "LAMB": (partial(optimizers.LAMB, weight_decay=0.0), (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
 
 
 def arms(epochs: int, batch_size: int) -> dict[str, Tuned]:
-    """Each optimizer with its four rates."""
+    """Each optimizer with its five rates."""
     recipe = partial(Recipe, epochs=epochs, batch_size=batch_size, schedule=cosine, validate_every=epochs)
     return {
         name: Tuned({f"lr {lr:g}": recipe(optimizer=partial(make, lr=lr)) for lr in rates}, TUNING)
@@ -71,7 +71,7 @@ def cifar_network() -> nn.Module:
 
 STUDY = Study(
     "02",
-    "Which optimizer is best on a convolutional network, each at its best of four rates?",
+    "Which optimizer is best on a convolutional network, each at its best of five rates?",
     {
         "mnist": Part("MNIST, 2,000 labels, 12 epochs", small_mnist, arms(12, 50), SEEDS, mnist_network),
         "cifar10": Part("CIFAR-10, 10,000 labels, 10 epochs", small_cifar10, arms(10, 100), SEEDS, cifar_network),

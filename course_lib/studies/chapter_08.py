@@ -2,8 +2,10 @@
 
 A ResNet of 8, 16 and 32 channels learns 10,000 images for eight epochs. Then weights go, by each criterion and to each
 sparsity, at once, and it trains on for two epochs; or in two rounds, with one epoch after each: the same number of
-epochs in all. Beside it stands a network of half as many channels from the start, trained for all ten epochs, and the
-large one cut down to its size, channel by channel. Float32, batch size 100, momentum 0.9.
+epochs in all. (Wanda's scores are compared within each output, as its authors do: they scale with the inputs of their
+layer, and ranked over the whole network they emptied one.) Beside it stands a network of half as many channels from
+the start, trained for all ten epochs, and the large one cut down to its size, channel by channel. Float32, batch size
+100, momentum 0.9.
 """
 
 import copy
@@ -22,6 +24,7 @@ from course_lib.lab.studies import Part, Study
 from course_lib.lab.training import Recipe, evaluate, fit, fresh
 from course_lib.pruning.criteria import Criterion
 from course_lib.pruning.patterns import Scores
+from course_lib.pruning.schedules import Pattern
 from course_lib.studies import cifar10
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -72,12 +75,14 @@ def random_choice(model: nn.Module, data: object, *, seed: int) -> Scores:
     return pruning.random_scores(model, generator=torch.Generator().manual_seed(seed))
 
 
-def at_once(data: Dataset, seed: int, *, criterion: Criterion) -> Mapping[str, float]:
+def at_once(
+    data: Dataset, seed: int, *, criterion: Criterion, pattern: Pattern = pruning.global_unstructured
+) -> Mapping[str, float]:
     """Test accuracy at each sparsity, pruned in one step, two epochs later."""
     found = {"0": evaluate(dense(data, seed), data.test).accuracy}
     for sparsity in SPARSITIES:
         model = copy.deepcopy(dense(data, seed))
-        pruning.one_shot(model, sample(data, seed), sparsity=sparsity, criterion=criterion)
+        pruning.one_shot(model, sample(data, seed), sparsity=sparsity, criterion=criterion, pattern=pattern)
         fit(model, data, AFTERWARDS, seed=1000 + seed, progress=False)
         found[f"{sparsity:g}"] = evaluate(model, data.test).accuracy
     return found
@@ -134,7 +139,7 @@ STUDY = Study(
                 "magnitude": partial(at_once, criterion=pruning.magnitude),
                 "in two rounds": in_rounds,
                 "Taylor": partial(at_once, criterion=pruning.taylor),
-                "Wanda": partial(at_once, criterion=pruning.wanda),
+                "Wanda": partial(at_once, criterion=pruning.wanda, pattern=pruning.per_row),
                 "by chance": at_once_by_chance,
             },
             SEEDS,
