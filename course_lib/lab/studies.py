@@ -10,6 +10,7 @@ goes on with them. A notebook shows it with ``recorded("02", "mnist")``, an ordi
 ``Study``       a question, and the parts that answer it
 ``Part``        data, arms, seeds, and what is measured
 ``Tuned``       an arm whose setting is chosen first: on the validation split, with seeds of its own
+``RecipeFor``   an arm whose recipe is made from the data
 ``run_study``   runs what is not recorded yet
 ``recorded``    what was found, if it was found by the code as it stands
 ==============  =======================================================================================================
@@ -51,13 +52,20 @@ Arm = Callable[[Dataset, int], "float | Mapping[str, float]"]
 
 
 @dataclass(frozen=True)
+class RecipeFor:
+    """An arm whose recipe needs the data first: their mean colour, their classes, their size."""
+
+    make: Callable[[Dataset], Recipe]
+
+
+@dataclass(frozen=True)
 class Tuned:
     """An arm with a setting to choose: ``candidates`` are trained with ``seeds``, and the best on average is the arm.
 
     Best is the highest accuracy on the validation split; a candidate of which a run diverged is out.
     """
 
-    candidates: Mapping[str, Recipe]
+    candidates: Mapping[str, Recipe | RecipeFor]
     seeds: tuple[int, ...]
 
 
@@ -69,14 +77,14 @@ class Part:
     ----------
     title : what is compared, and on what, as a reader should see it.
     data : makes the data set; called once in each process.
-    arms : a name -> a recipe, a ``Tuned`` choice among recipes, or a function of data and seed.
+    arms : a name -> a recipe, ``RecipeFor`` the data, a ``Tuned`` choice among them, or a function of data and seed.
     seeds : of the runs that are reported.
     model : makes the network of arms that are recipes, which are measured by their test accuracy.
     """
 
     title: str
     data: Callable[[], Dataset]
-    arms: Mapping[str, Recipe | Tuned | Arm]
+    arms: Mapping[str, Recipe | RecipeFor | Tuned | Arm]
     seeds: tuple[int, ...]
     model: Callable[[], nn.Module] | None = None
 
@@ -206,7 +214,8 @@ def chosen(study: Study, part: str, arm: str, rows: list[dict[str, Any]]) -> str
 def run_job(study: Study, job: Job, identity: str) -> dict[str, Any]:
     """One run, as the row that is recorded. ``value`` is None where it diverged."""
     part, started = study.parts[job.part], time.perf_counter()
-    what, data = _what(study, job), _data(study.chapter, job.part, part.data)
+    data = _data(study.chapter, job.part, part.data)
+    what = _made(_what(study, job), data)
     row = {"part": job.part, "arm": job.arm, "candidate": job.candidate, "seed": job.seed, "tuning": job.tuning}
     value: Any = None
     first: dict[str, float] = {}
@@ -234,10 +243,11 @@ def first_loss(history: History, data: Dataset, recipe: Recipe) -> dict[str, flo
 
 def repeat_first_epoch(study: Study, job: Job) -> dict[str, float]:
     """Train the first epoch of a recorded run once more; compare with the row's ``first_epoch``."""
-    part, what = study.parts[job.part], _what(study, job)
+    part = study.parts[job.part]
+    data = _data(study.chapter, job.part, part.data)
+    what = _made(_what(study, job), data)
     assert isinstance(what, Recipe)
     assert part.model is not None
-    data = _data(study.chapter, job.part, part.data)
     once = replace(what, validate_every=1, stop=lambda history: True)
     with one_thread():
         history = fit(fresh(part.model, once, seed=job.seed), data, once, seed=job.seed, progress=False)
@@ -258,7 +268,11 @@ def arm_fingerprint(study: Study, job: Job) -> str:
 _fingerprints: dict[tuple[int, int, bool], tuple[Any, Part, str]] = {}
 
 
-def _what(study: Study, job: Job) -> Recipe | Arm:
+def _made(what: Recipe | RecipeFor | Arm, data: Dataset) -> Recipe | Arm:
+    return what.make(data) if isinstance(what, RecipeFor) else what
+
+
+def _what(study: Study, job: Job) -> Recipe | RecipeFor | Arm:
     try:
         what = study.parts[job.part].arms[job.arm]
         if isinstance(what, Tuned):

@@ -4,19 +4,24 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from course_lib.lab.data import Dataset
-from course_lib.lab.studies import Book, Part, Study, Tuned, run_study
+from course_lib.lab.studies import Book, Part, RecipeFor, Study, Tuned, run_study
 from course_lib.lab.training import Recipe, cross_entropy
 from tests.lab.test_training import blobs, network
 
 
 def recipe(lr: float) -> Recipe:
     return Recipe(epochs=2, batch_size=16, optimizer=partial(torch.optim.SGD, lr=lr))
+
+
+def a_batch_an_epoch(data: Dataset) -> Recipe:
+    return replace(recipe(0.1), batch_size=len(data.train))
 
 
 def several(data: Dataset, seed: int) -> Mapping[str, float]:
@@ -38,6 +43,7 @@ STUDY = Study(
                 "plain": recipe(0.1),
                 "tuned": Tuned({"lr 0.001": recipe(0.001), "lr 0.3": recipe(0.3)}, (10, 11)),
                 "hopeless": Recipe(epochs=1, objective=explodes),
+                "made": RecipeFor(a_batch_an_epoch),
             },
             (0, 1),
             network,
@@ -45,7 +51,7 @@ STUDY = Study(
         "functions": Part("Blobs", blobs, {"several": several}, (0, 1)),
     },
 )
-RUNS = 4 + 6 + 2
+RUNS = 4 + 8 + 2
 
 
 def die() -> None:

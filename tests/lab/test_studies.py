@@ -17,7 +17,7 @@ from course_lib.lab import studies
 from course_lib.lab.experiments import mean_interval
 from course_lib.lab.studies import Book, Job, StudyOutdated, chosen, declared, read, repeat_first_epoch, run_study
 from course_lib.lab.training import evaluate, fit, fresh
-from tests.lab.small_study import RUNS, STUDY, recipe
+from tests.lab.small_study import RUNS, STUDY, a_batch_an_epoch, recipe
 from tests.lab.test_training import blobs, network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_a_study_is_a_comparison_of_its_test_accuracies(undisturbed):
     assert found.interval("plain") == mean_interval(accuracies)
     assert np.isnan(found.values["hopeless"]).all()
     assert found.frame().loc["hopeless", "diverged"] == 2
-    assert "Blobs, 2 epochs: 2 seeds; 10 runs, tuning included" in found.table().to_html()
+    assert "Blobs, 2 epochs: 2 seeds; 12 runs, tuning included" in found.table().to_html()
     assert torch.__version__ in found.caption
 
 
@@ -146,6 +146,16 @@ def test_a_line_in_the_middle_that_cannot_be_read_is_named(tmp_path, undisturbed
     file.write_bytes(b"".join([*lines[:3], b'{"part": "rec\n', *lines[3:]]))
     with pytest.raises(StudyOutdated, match=r"study\.jsonl, line 4, cannot be read"):
         read(STUDY, file, "recipes")
+
+
+def test_a_recipe_may_be_made_from_the_data(undisturbed):
+    made = a_batch_an_epoch(blobs())
+    assert made.batch_size == len(blobs().train) != recipe(0.1).batch_size
+    model = fresh(network, made, seed=1)
+    fit(model, blobs(), made, seed=1)
+    assert read(STUDY, undisturbed, "recipes").values["made"][1] == evaluate(model, blobs().test).accuracy
+    (row,) = (r for r in Book(undisturbed, read_only=True).rows if r["arm"] == "made" and r["seed"] == 1)
+    assert repeat_first_epoch(STUDY, Job("recipes", "made", None, 1, False)) == row["first_epoch"]
 
 
 def test_the_first_epoch_can_be_repeated(undisturbed):
