@@ -3,11 +3,11 @@
 import pytest
 
 from course_lib.lab.data import DataUnavailable
+from course_lib.lab.experiments import one_thread
 from course_lib.lab.fingerprints import fingerprint
 from course_lib.lab.studies import (
     Book,
     Job,
-    Tuned,
     arm_fingerprint,
     declared,
     final_jobs,
@@ -16,7 +16,7 @@ from course_lib.lab.studies import (
     study_file,
     tuning_jobs,
 )
-from course_lib.lab.training import Recipe
+from course_lib.studies import chapter_01
 
 CHAPTERS = tuple(sorted(path.stem.removeprefix("chapter_") for path in study_file("02").parent.glob("*.jsonl")))
 
@@ -54,19 +54,32 @@ def data_at_hand(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("part", ["mnist", "cifar10"])
-def test_a_first_epoch_of_chapter_2_is_repeated(part, data_at_hand, monkeypatch):
+@pytest.mark.parametrize(
+    ("chapter", "part", "arm"),
+    [("02", "mnist", "momentum"), ("02", "cifar10", "momentum"), ("01", "cifar10", "… and mixup")],
+)
+def test_a_first_epoch_is_repeated(chapter, part, arm, data_at_hand, monkeypatch):
     monkeypatch.setenv("COURSE_DEVICE", "cpu")
     monkeypatch.setattr("course_lib.lab.data.loading.read_real", offline)
-    study, book = declared("02"), Book(study_file("02"), read_only=True)
+    study, book = declared(chapter), Book(study_file(chapter), read_only=True)
     data = data_at_hand(study.parts[part])
     assert fingerprint(data) == book.sessions[-1]["data"][part]
-    (row, *_) = (r for r in book.rows if r["part"] == part and not r["tuning"] and r["arm"] == "momentum")
-    what = study.parts[part].arms["momentum"]
-    assert isinstance(what, Tuned)
-    assert isinstance(what.candidates[row["candidate"]], Recipe)
-    again = repeat_first_epoch(study, Job(part, "momentum", row["candidate"], row["seed"], False))
+    (row, *_) = (r for r in book.rows if r["part"] == part and not r["tuning"] and r["arm"] == arm)
+    again = repeat_first_epoch(study, Job(part, arm, row["candidate"], row["seed"], False))
     assert again["mean_loss"] == pytest.approx(row["first_epoch"]["mean_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("arm", ["none", "affine"])
+def test_a_run_on_drawn_digits_is_repeated_anywhere(arm, monkeypatch):
+    """Their data are drawn, so a run is repeated whole; in float32 another processor may differ by a few images."""
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    book = Book(study_file("01"), read_only=True)
+    assert fingerprint(chapter_01.glyphs()) == book.sessions[-1]["data"]["mlp"]
+    (row, *_) = (r for r in book.rows if r["part"] == "mlp" and r["arm"] == arm)
+    few = chapter_01.with_labels(chapter_01.glyphs(), 100)
+    with one_thread():
+        again = chapter_01.accuracy(few, row["seed"], chapter_01.MLP, chapter_01.ONE_AT_A_TIME[arm])
+    assert again == pytest.approx(row["value"]["100"], abs=0.01)
 
 
 def offline(name, folder):
