@@ -154,6 +154,8 @@ def run_study(study: Study, file: Path, *, workers: int | None = None, progress:
     By default one process for each core, or one in all on a GPU. Choices are made when all their runs are there.
     """
     workers = workers or (runtime.usable_cores() if runtime.device().type == "cpu" else 1)
+    for job in every_job(study):
+        arm_fingerprint(study, job)  # now: a file that is edited while the study runs would be read as it is by then
     book = Book(file)
     book.open_session(study, workers)
     show = runtime.interactive() if progress is None else progress
@@ -189,6 +191,14 @@ def final_jobs(study: Study, rows: list[dict[str, Any]]) -> Iterator[Job]:
             for arm, what in part.arms.items():
                 candidate = chosen(study, name, arm, rows) if isinstance(what, Tuned) else None
                 yield Job(name, arm, candidate, seed, False)
+
+
+def every_job(study: Study) -> Iterator[Job]:
+    """One run of each kind that may be asked for: every arm, or each of its candidates, to choose and to report."""
+    for name, part in study.parts.items():
+        for arm, what in part.arms.items():
+            for candidate in what.candidates if isinstance(what, Tuned) else (None,):
+                yield from (Job(name, arm, candidate, 0, tuning) for tuning in (True, False))
 
 
 def chosen(study: Study, part: str, arm: str, rows: list[dict[str, Any]]) -> str:

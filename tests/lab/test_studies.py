@@ -87,6 +87,20 @@ def test_a_second_call_runs_nothing(undisturbed):
     assert undisturbed.read_bytes() == before
 
 
+def test_an_edit_while_the_study_runs_changes_no_fingerprint(tmp_path, undisturbed, monkeypatch):
+    """A fingerprint is made of sources on disk: what was chosen late must not get that of a file edited meanwhile."""
+    file, spread = tmp_path / "study.jsonl", studies.spread
+    monkeypatch.setattr(studies, "_fingerprints", {})
+
+    def edited_once_begun(*args, **settings):
+        monkeypatch.setattr(studies, "fingerprint", lambda value: "of the edited file")
+        return spread(*args, **settings)
+
+    monkeypatch.setattr(studies, "spread", edited_once_begun)
+    run_study(STUDY, file, workers=1)
+    assert found_in(file) == found_in(undisturbed)
+
+
 def test_rows_know_where_they_come_from(undisturbed):
     (session,) = Book(undisturbed, read_only=True).sessions
     assert session["torch"] == torch.__version__

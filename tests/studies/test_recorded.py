@@ -16,7 +16,7 @@ from course_lib.lab.studies import (
     study_file,
     tuning_jobs,
 )
-from course_lib.studies import chapter_01
+from course_lib.studies import chapter_01, chapter_03
 
 CHAPTERS = tuple(sorted(path.stem.removeprefix("chapter_") for path in study_file("02").parent.glob("*.jsonl")))
 
@@ -56,7 +56,13 @@ def data_at_hand(monkeypatch):
 
 @pytest.mark.parametrize(
     ("chapter", "part", "arm"),
-    [("02", "mnist", "momentum"), ("02", "cifar10", "momentum"), ("01", "cifar10", "… and mixup")],
+    [
+        ("01", "cifar10", "… and mixup"),
+        ("02", "mnist", "momentum"),
+        ("02", "cifar10", "momentum"),
+        ("03", "epochs_2", "stable, then decay"),
+        ("04", "equal_epochs", "256"),
+    ],
 )
 def test_a_first_epoch_is_repeated(chapter, part, arm, data_at_hand, monkeypatch):
     monkeypatch.setenv("COURSE_DEVICE", "cpu")
@@ -80,6 +86,18 @@ def test_a_run_on_drawn_digits_is_repeated_anywhere(arm, monkeypatch):
     with one_thread():
         again = chapter_01.accuracy(few, row["seed"], chapter_01.MLP, chapter_01.ONE_AT_A_TIME[arm])
     assert again == pytest.approx(row["value"]["100"], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["constant", "line to zero"])
+def test_a_schedule_on_drawn_digits_is_repeated_anywhere(name, monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    book = Book(study_file("03"), read_only=True)
+    data = chapter_03.glyphs()
+    assert fingerprint(data) == book.sessions[-1]["data"]["sensitivity"]
+    (row, *_) = (r for r in book.rows if r["part"] == "sensitivity" and r["arm"] == name)
+    with one_thread():
+        _, again = chapter_03.scores(data, row["seed"], chapter_03.digits_recipe(0.02, chapter_03.SHAPES[name]))
+    assert again == pytest.approx(row["value"]["0.02"], abs=0.002)
 
 
 def offline(name, folder):
