@@ -7,7 +7,7 @@ name                  what it does                                              
 ``by_tokens``         batches of equally many cells: many short sequences or a few long    Vaswani et al. 2017,
                                                                                            arXiv:1706.03762, section 5
 ``padding``           the part of the cells that padding fills
-``pad_batch``         sequences of several lengths as one tensor and a mask                as ``pad_sequence`` of torch
+``pad_batch``         sequences of several lengths as one tensor and a mask                by torch's ``pad_sequence``
 ====================  ===================================================================  ===========================
 
 Sorting all sequences would leave the least padding, and the same batches in every epoch. A pool is the compromise: the
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from course_lib.lab.arguments import at_least, require
 
@@ -106,11 +107,9 @@ def pad_batch(sequences: Sequence[Tensor], *, value: float = 0) -> tuple[Tensor,
     kinds = {(s.dtype, s.device, tuple(s.shape[1:])) for s in sequences}
     if len(kinds) != 1 or any(s.ndim < 1 for s in sequences):
         raise ValueError(f"sequences are of the kinds {sorted(map(str, kinds))}: must be [length, ...] of one kind")
-    lengths = torch.tensor([len(s) for s in sequences], device=sequences[0].device)
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [B, L]
-    padded = sequences[0].new_full((*mask.shape, *sequences[0].shape[1:]), value)
-    padded[mask] = torch.cat(list(sequences))
-    return padded, mask
+    padded = pad_sequence(list(sequences), batch_first=True, padding_value=value)
+    lengths = torch.tensor([len(s) for s in sequences], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 def _check_lengths(lengths: Tensor) -> None:

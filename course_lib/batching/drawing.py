@@ -36,7 +36,7 @@ from course_lib.batching.sampling import easiest, exponential_pacing, importance
 from course_lib.lab.arguments import at_least, is_number, require
 from course_lib.lab.data import Augment, Split, normalise
 from course_lib.lab.stepping import after_each_step
-from course_lib.lab.training import Inputs, Objective, Recipe, cross_entropy
+from course_lib.lab.training import Inputs, Objective, Recipe, cross_entropy, evaluating
 from course_lib.preprocessing import compose, soft_labels
 
 Choice = tuple[Tensor, Tensor | None]
@@ -283,14 +283,8 @@ def hard_examples(objective: Objective = cross_entropy, *, keep: float = 0.5) ->
 
 
 def _hardest(model: nn.Module, x: Inputs, y: Tensor, *, objective: Objective, keep: float) -> Tensor:
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            losses = F.cross_entropy(model(x), y, reduction="none")
-    finally:
-        for part in training:
-            part.training = True
+    with evaluating(model), torch.no_grad():
+        losses = F.cross_entropy(model(x), y, reduction="none")
     # in the order of the batch, so that keep=1 is the plain objective to the bit
     kept = losses.topk(max(1, round(keep * len(y)))).indices.sort().values
     chosen = tuple(part[kept] for part in x) if isinstance(x, tuple) else x[kept]

@@ -9,8 +9,8 @@ name                                 what it gives                              
 ``variance_without_replacement``     the same from a finite split, less: 0 at B = N           Cochran, Sampling
                                                                                               Techniques, 1977
 ``simple_noise_scale``               the batch at which noise and gradient are equal          McCandlish et al. 2018,
-``noise_scale_from_two_sizes``       estimates from the norms of a small and a large batch    arXiv:1812.06162
-``NoiseScale``, ``tracked``          those, averaged over the steps of a run                  its appendix A.1
+``noise_scale_from_two_sizes``       estimates from the norms of a small and a large batch    arXiv:1812.06162, and its
+                                                                                              appendix A.1
 ``hessian_noise_scale``              the noise in the directions that the loss bends in       its section 2.2
 ===================================  =======================================================  =========================
 

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from course_lib.batching.noise import gradient_chunks
 from course_lib.lab.arguments import at_least, is_number, require
 from course_lib.lab.data import Split
-from course_lib.lab.training import Objective, cross_entropy, logits_of
+from course_lib.lab.training import Objective, cross_entropy, evaluating, logits_of
 
 # --- Orders of epochs -------------------------------------------------------------------------------------------------
 
@@ -174,14 +174,8 @@ def gradient_norms(model: nn.Module, split: Split, *, objective: Objective = cro
     ------
     ValueError : as ``per_example_gradients``.
     """
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        found = [gradients.norm(dim=1) for gradients in gradient_chunks(model, split, objective=objective, chunk=chunk)]
-    finally:
-        for part in training:
-            part.training = True
-    return torch.cat(found)
+    with evaluating(model):
+        return torch.cat([rows.norm(dim=1) for rows in gradient_chunks(model, split, objective=objective, chunk=chunk)])
 
 
 # --- Curricula --------------------------------------------------------------------------------------------------------

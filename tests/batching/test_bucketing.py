@@ -86,6 +86,10 @@ def test_padded_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     tokens, mask = pad_batch(sequences, value=-7)
     torch.testing.assert_close(tokens, pad_sequence(sequences, batch_first=True, padding_value=-7), rtol=0, atol=0)
     assert mask.sum(1).tolist() == [3, 1, 5, 2]
+    assert tokens.shape == (4, 5, *shape)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        assert torch.equal(row[: len(sequence)], sequence)
+        assert (row[len(sequence) :] == -7).all()
     assert torch.equal(mask, (tokens != -7).flatten(2).all(2) if shape else tokens != -7)
 
 
