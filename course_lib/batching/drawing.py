@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from course_lib.batching.sampling import easiest, exponential_pacing, importance, probabilities
+from course_lib.batching.sampling import easiest, evaluating, exponential_pacing, importance, probabilities
 from course_lib.lab.arguments import at_least, is_number, require
 from course_lib.lab.data import Augment, Split, normalise
 from course_lib.lab.stepping import after_each_step
-from course_lib.lab.training import Inputs, Objective, Recipe, cross_entropy, evaluating
+from course_lib.lab.training import Inputs, Objective, Recipe, cross_entropy
 from course_lib.preprocessing import compose, soft_labels
 
 Choice = tuple[Tensor, Tensor | None]

@@ -29,6 +29,9 @@ into ``fit`` stands in ``drawing.py``; batches with equally many of each class i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +39,7 @@ from torch.nn import functional as F
 from course_lib.batching.noise import gradient_chunks
 from course_lib.lab.arguments import at_least, is_number, require
 from course_lib.lab.data import Split
-from course_lib.lab.training import Objective, cross_entropy, evaluating, logits_of
+from course_lib.lab.training import Objective, cross_entropy, logits_of
 
 # --- Orders of epochs -------------------------------------------------------------------------------------------------
 
@@ -148,6 +151,18 @@ def _distribution(p: Tensor) -> Tensor:
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that each part had: amid a training step they may differ."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def loss_scores(model: nn.Module, split: Split) -> Tensor:

@@ -258,9 +258,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-evaluating = _evaluating  # for techniques; under its first name recorded studies know what ``evaluate`` uses
-
-
 def _home(model: nn.Module, split: Split) -> tuple[torch.device, torch.dtype]:
     """Where the model computes, and in which type."""
     for tensor in chain(model.parameters(), model.buffers()):
