@@ -161,7 +161,9 @@ def test_an_open_project_is_done_when_no_point_is_missing(exercise):
 
 @pytest.mark.parametrize("exercise", PROJECTS)
 def test_the_points_of_a_rubric_are_those_of_the_notebook(exercise):
-    (notebook,) = checking.NOTEBOOKS.glob(f"{exercise[:2]}_*.ipynb")
+    notebook = next(checking.NOTEBOOKS.glob(f"{exercise[:2]}_*.ipynb"), None)
+    if notebook is None:
+        pytest.skip("the notebook is to come")
     text = " ".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells).lower()
     if "an open project" not in text:
         pytest.skip("the notebook has no open project yet")
