@@ -1,7 +1,9 @@
 """Checks of arguments at the door of a public function: each error names the argument, its value and what is allowed.
 
-at_least(1, epochs=epochs, batch_size=batch_size)  # ValueError: epochs=0: must be a whole number of at least 1
-require("lr", lr, lambda x: is_number(x) and x > 0, "a number above 0")
+    at_least(1, epochs=epochs, batch_size=batch_size)  # ValueError: epochs=0: must be a whole number of at least 1
+    require("lr", lr, lambda x: is_number(x) and x > 0, "a number above 0")
+
+What is allowed is said in words, for the learner; the condition is for the computer.
 """
 
 import math

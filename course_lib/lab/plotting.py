@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from course_lib.lab import chapters
+from course_lib.lab.arguments import require
 from course_lib.lab.chapters import CHAPTERS, of_slot
 from course_lib.lab.runtime import in_notebook
 
@@ -191,6 +192,15 @@ def image_grid(
     return fig
 
 
+def describe(figure: Figure, words: str) -> None:
+    """Give a figure the alternative text for readers who do not see it: what it shows, and what follows from it.
+
+    Without it the web site makes one from titles, axes and legends. It is kept as the figure's label in matplotlib.
+    """
+    require("words", words, lambda text: isinstance(text, str) and bool(text.strip()), "a sentence")
+    figure.set_label(words)
+
+
 def landscape(
     surface: Callable[[Tensor], Tensor],
     xlim: tuple[float, float],
@@ -267,6 +277,8 @@ def slot_map(*lit: str) -> Figure:
     where = " and ".join(lit)
     what = f"this chapter changes the slot “{where}”" if lit else "one slot for each kind of technique"
     ax.set_title(f"The training loop: {what}", fontsize=11)
+    loop = "data, batch, model, objective, optimizer with its schedule, stopping, and back to the data"
+    describe(fig, f"The training loop as a ring of slots: {loop}; execution lies below all. {what.capitalize()}.")
     return fig
 
 

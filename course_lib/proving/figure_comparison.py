@@ -300,6 +300,7 @@ def differences(stored: Description, fresh: Description, tolerance: float | None
     blank: Description = {"label": {}, "scale": {}, "limits": {}, "ticks": {}, "series": []}
     whole = _Comparison(blank | stored, blank | fresh, tolerance, "")
     whole.words("title", stored["title"], fresh["title"])
+    whole.words("alternative text", stored.get("alt", ""), fresh.get("alt", ""))
     for name, a, b in zip(("x label", "y label"), stored["labels"], fresh["labels"], strict=True):
         whole.words(name, a, b)
     whole.exactly("size in inches", stored["size"], fresh["size"])

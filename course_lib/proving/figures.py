@@ -356,11 +356,16 @@ def _describe_axes(axes: Axes) -> Description:
 
 
 def describe_figure(fig: Figure) -> Description:
-    """What a figure shows, as JSON: words, scales, limits, legends, and the data of each series."""
+    """What a figure shows, as JSON: words, scales, limits, legends, and the data of each series.
+
+    ``alt`` is there if the author wrote an alternative text (`course_lib.lab.plotting.describe`).
+    """
     titles = [getattr(fig, name, None) for name in ("_suptitle", "_supxlabel", "_supylabel")]
     texts = [one for part in (fig, *fig.subfigs) for one in part.texts if one not in titles and one.get_text()]
     panels = [one for axes in fig.axes for one in (axes, *axes.child_axes) if one.get_visible()]
+    alt = {"alt": str(fig.get_label())} if fig.get_label() else {}
     return {
+        **alt,
         "title": fig.get_suptitle(),
         "labels": [fig.get_supxlabel(), fig.get_supylabel()],
         "size": pack(fig.get_size_inches()),  # inches

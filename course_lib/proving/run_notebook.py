@@ -2,18 +2,22 @@
 
 A notebook is replaced only when each of its cells has run, in one step: a cell that fails leaves the file as it was,
 and is named together with its error. What would differ between two runs of the same code for no good reason (times of
-execution, versions of the interpreter, random widget ids, warnings and progress bars) is not stored.
+cells, random widget ids, warnings and progress bars) is not stored; when, for how long, with which versions and on what
+it was run stands in the notebook's metadata, once, as ``craft.run``.
 """
 
 import argparse
 import io
 import os
+import platform
 import re
 import sys
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,14 @@ from nbformat import NotebookNode
 from PIL import Image
 from tqdm import tqdm
 
-from course_lib.lab.runtime import checkout
+from course_lib.lab.runtime import checkout, usable_cores
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
 ANSWERED = re.compile(r"(?<![\w.])answered\(")  # the result of a prediction
 CLAIMED = re.compile(r"(?<!\w)claims\.claim\(")
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+CELL_FAILED = (CellExecutionError, CellControlSignal, DeadKernelError)
 
 
 class NotebookFailed(RuntimeError):
@@ -74,6 +79,7 @@ def run(path: Path) -> Execution:
             stderr[cell.execution_count] = text
     _fold_answers(notebook)
     _tidy_notebook(notebook)
+    notebook.metadata["craft"] = {"run": _provenance(time.perf_counter() - started)}
     _replace(path, nbformat.writes(notebook) + "\n")
     return Execution(path, time.perf_counter() - started, cell_seconds, stderr)
 
@@ -128,31 +134,38 @@ def _execute(notebook: NotebookNode, path: Path) -> dict[int, float]:
             seconds[len(started)] = time.perf_counter() - started[-1]
             bar.update()
 
-        client = NotebookClient(
-            notebook,
-            kernel_name=KERNEL["name"],
-            timeout=None,
-            record_timing=False,
-            store_widget_state=True,
-            coalesce_streams=True,
-            extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": str(path.resolve().parent)}},
-            on_cell_execute=on_start,
-            on_cell_executed=on_end,
-        )
-        # jupyter would take a python3 kernel of the user's home before this environment's
-        os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+        client = new_client(notebook, path, on_cell_execute=on_start, on_cell_executed=on_end)
         try:
-            client.execute(env=_kernel_environment())
-        except (CellExecutionError, CellControlSignal, DeadKernelError) as error:
-            reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # without the colours of a terminal
-            raise NotebookFailed(
-                f"{path.name}: code cell [{len(started)}] failed; the file is unchanged.\n{reason}"
-            ) from error
+            client.execute(env=kernel_environment())
+        except CELL_FAILED as error:
+            raise failed(path, len(started), error) from error
     return seconds
 
 
-def _kernel_environment() -> dict[str, str]:
+def new_client(notebook: NotebookNode, path: Path, **hooks: Any) -> NotebookClient:
+    """What executes a notebook: this environment's kernel, in the folder of ``path``; its hooks are those given."""
+    # jupyter would take a python3 kernel of the user's home before this environment's
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    return NotebookClient(
+        notebook,
+        kernel_name=KERNEL["name"],
+        timeout=None,
+        record_timing=False,
+        store_widget_state=True,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+        **hooks,
+    )
+
+
+def failed(path: Path, number: int, error: Exception) -> NotebookFailed:
+    """One of ``CELL_FAILED`` in the reader's words; code cells are counted from 1."""
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # without the colours of a terminal
+    return NotebookFailed(f"{path.name}: code cell [{number}] failed; the file is unchanged.\n{reason}")
+
+
+def kernel_environment() -> dict[str, str]:
     """What validation will run it under: no progress bars, no exercise progress written down, and by default the CPU.
 
     So the stored outputs are the ones that every reader's machine can be compared with.
@@ -160,6 +173,17 @@ def _kernel_environment() -> dict[str, str]:
     fixed = {"COURSE_PROGRESS": "off", "COURSE_VALIDATING": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # figures show inline
     return {"COURSE_PROFILE": "quick", "COURSE_DEVICE": "cpu", **inherited, **fixed}
+
+
+def _provenance(seconds: float) -> dict[str, Any]:
+    """Where the outputs come from, for readers who have no kernel."""
+    versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "matplotlib")}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "seconds": round(seconds),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"},
+    }
 
 
 def _tidy_cell(cell: NotebookNode) -> str:

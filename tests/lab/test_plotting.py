@@ -74,6 +74,16 @@ def test_slot_map_lights_what_is_named():
         plotting.slot_map("optimiser")
 
 
+def test_an_alternative_text_is_kept_and_must_be_one():
+    fig = plotting.slot_map("optimizer")
+    assert fig.get_label().startswith("The training loop as a ring of slots")
+    assert "“optimizer”" in fig.get_label()
+    plotting.describe(fig, "Something else")
+    assert fig.get_label() == "Something else"
+    with pytest.raises(ValueError, match=r"words=' ': must be a sentence"):
+        plotting.describe(fig, " ")
+
+
 def test_the_loop_of_the_slot_map_closes():
     after = dict(edge for edge in plotting._FLOW if edge[0] != "schedule")
     visited, slot = [], "data"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from course_lib.lab import plotting
 from course_lib.proving.agreement import html_differences, pack, text_differences, unpack
 from course_lib.proving.figures import FIGURE_MIME, describe_figure, differences, register
 
@@ -113,6 +114,7 @@ def test_a_moved_band_names_its_edge() -> None:
         (lambda a: a.text(10, 0.5, "here"), "the text 'here' is new"),
         (lambda a: a.lines[0].set_data(EPOCHS[:20], adam(EPOCHS[:20])), "line 'Adam' has 20 points, stored 30"),
         (lambda a: a.lines[0].set_data(EPOCHS + 3, adam(EPOCHS)), "line 'Adam': point 1 of 30 is at (4, "),
+        (lambda a: plotting.describe(a.figure, "Adam is ahead"), "alternative text is 'Adam is ahead', stored ''"),
         (lambda a: a.figure.suptitle("all"), "title is 'all', stored ''"),
         (lambda a: a.figure.add_axes((0.5, 0.5, 0.2, 0.2)), "2 axes, stored 1"),
         (move(0, 5, np.nan), "line 'Adam': epoch 5 is nan"),

@@ -1,16 +1,20 @@
 """A notebook is executed in place or not at all, and two runs of the same code store the same file."""
 
 import io
+import re
 from base64 import b64decode, b64encode
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbformat import v4
 from PIL import Image
 
+from course_lib.lab.runtime import usable_cores
 from course_lib.proving import run_notebook
 
 
@@ -50,11 +54,16 @@ def test_a_run_stores_outputs_and_the_same_file_each_time(tmp_path: Path, monkey
     stored = path.read_bytes()
     text = stored.decode()
     assert "careful" not in text
-    assert '"version"' not in text, "the interpreter's version is not the notebook's"
+    run = nbformat.reads(text, as_version=4).metadata["craft"]["run"]
+    assert run["date"] == datetime.now(UTC).date().isoformat()
+    assert run["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert run["machine"]["cores"] == usable_cores()
+    assert text.count(f'"{run["versions"]["python"]}"') == 1, "the interpreter's version stands there, and only there"
     assert "IntSliderModel" in text, "a reader without a kernel sees the slider"
     assert '"model_id": "0000000000000000000000000000000' in text
     run_notebook.run(path)
-    assert path.read_bytes() == stored
+    again, seconds = path.read_text(), re.compile(r'"seconds": \d+')
+    assert seconds.sub("", again) == seconds.sub("", text)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["02_x.ipynb", "here"]
 
 
