@@ -64,6 +64,8 @@ class Control(Protocol):
         """The value as the drawing function gets it; ValueError (without the control's name) when not allowed."""
 
     def widget(self) -> ipywidgets.ValueWidget: ...
+    def positions(self, count: int) -> list[Any]:
+        """About ``count`` of the values, in order, for who must draw them beforehand."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class Choice:
 
         options = [(str(option), option) for option in self.options]
         return ipywidgets.Dropdown(description=self.label, options=options, value=self.value, **_wide_label())
+
+    def positions(self, count: int) -> list[Any]:
+        """All options, however many are asked for."""
+        return list(self.options)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,15 @@ class Slider:
             continuous_update=False, **({} if self.whole else {"readout_format": ".3g"}), **_wide_label(),
         )  # fmt: skip
 
+    def positions(self, count: int) -> list[Any]:
+        """At most ``count`` values, 3 at least, both ends and the start among them, the others on whole steps."""
+        kind = int if self.whole else float
+        # 0.30000000000000004 is not what a reader would see
+        near = (round((number - self.low) / self.step) for number in _spread(self.low, self.value, self.high, count))
+        steps = [kind(f"{self.low + k * self.step:.10g}") for k in near]
+        inside = [number for number in steps if self.low < number < self.high]
+        return _in_order(kind(self.low), self.value, kind(self.high), inside)
+
 
 @dataclass(frozen=True)
 class LogSlider:
@@ -152,6 +167,19 @@ class LogSlider:
             description=self.label, base=10, min=math.log10(self.low), max=math.log10(self.high),
             step=1 / self.per_decade, value=self.value, readout_format=".2g", continuous_update=False, **_wide_label(),
         )  # fmt: skip
+
+    def positions(self, count: int) -> list[Any]:
+        """At most ``count`` values, 3 at least, both ends and the start among them, in about equal ratios.
+
+        They have as few digits as that allows, and are whole where the ends and the start are.
+        """
+        logs = _spread(math.log10(self.low), math.log10(self.value), math.log10(self.high), count)
+        slack = 0.2 * math.log10(self.high / self.low) / (max(count, 3) - 1)
+        whole = all(number == int(number) for number in (self.low, self.high, self.value))
+        near = [_few_digits(10**log, slack) for log in logs]
+        inside = [float(round(number)) if whole else number for number in near]
+        inside = [number for number in inside if self.low < number < self.high]
+        return _in_order(float(self.low), self.value, float(self.high), inside)
 
 
 def choice(label: str, options: Sequence[Any], value: Any = None) -> Choice:
@@ -325,6 +353,27 @@ def _number(value: Any, low: float, high: float) -> float:
     if not low - slack <= value <= high + slack:
         raise ValueError
     return min(max(value, low), high)
+
+
+def _spread(low: float, start: float, high: float, count: int) -> list[float]:
+    """``count`` numbers (3 at least) from ``low`` to ``high`` by way of ``start``, as evenly as ``start`` lets them."""
+    steps = max(count, 3) - 1
+    if low < start < high:
+        before = min(max(round(steps * (start - low) / (high - low)), 1), steps - 1)
+        return [*np.linspace(low, start, before + 1), *np.linspace(start, high, steps - before + 1)[1:]]
+    return list(np.linspace(low, high, steps + 1))
+
+
+def _in_order(low: float, start: float, high: float, inside: Sequence[float]) -> list[float]:
+    """Each number once. The start is kept as it was given: drawn from it, the picture is the stored one."""
+    others = {number for number in (low, *inside, high) if not math.isclose(number, start, rel_tol=1e-9, abs_tol=1e-12)}
+    return sorted({*others, start})
+
+
+def _few_digits(number: float, slack: float) -> float:
+    """The number with the fewest digits whose decimal logarithm is within ``slack`` of that of ``number``."""
+    shorter = (float(f"{number:.{digits}g}") for digits in range(1, 17))
+    return next(one for one in shorter if abs(math.log10(one / number)) <= slack)
 
 
 @contextmanager

@@ -256,3 +256,59 @@ def test_an_executed_notebook_stores_the_picture_twice_and_shows_it_once():
     # The plain call gives its figure as the cell's result, and the inline backend does not show it again.
     assert [output.output_type for output in notebook.cells[2].outputs] == ["execute_result"]
     assert "image/png" in notebook.cells[2].outputs[0].data
+
+
+@pytest.mark.parametrize(
+    ("control", "count", "expected"),
+    [
+        (choice("kind", ["sin", "cos", "tan"]), 2, ["sin", "cos", "tan"]),
+        (slider("n", 2, 60, 5, 1), 3, [2, 5, 60]),
+        (slider("n", 2, 60, 5, 1), 7, [2, 5, 16, 27, 38, 49, 60]),
+        (slider("n", 0, 6, 2, 1), 20, [0, 1, 2, 3, 4, 5, 6]),
+        (slider("start at the end", 0, 100, 0, 10), 4, [0, 30, 70, 100]),
+        (slider("x", 0.0, 3.0, 0.7, 0.1), 6, [0.0, 0.7, 1.3, 1.8, 2.4, 3.0]),
+        (slider("off its steps", 0.0, 1.0, 0.33, 0.25), 9, [0.0, 0.25, 0.33, 0.5, 0.75, 1.0]),
+        (log_slider("lr", 1e-4, 1.0, 0.03), 5, [0.0001, 0.002, 0.03, 0.2, 1.0]),
+        (log_slider("lr", 1e-4, 1.0, 0.01), 9, [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]),
+        (log_slider("size", 1, 256, 8), 9, [1, 2, 4, 8, 16, 30, 60, 130, 256]),
+    ],
+)
+def test_positions_hold_both_ends_and_the_start(control, count, expected):
+    assert control.positions(count) == expected
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        slider("n", 1, 64, 4, 1),
+        slider("x", 0.2, 2.0, 1.0, 0.1),
+        slider("momentum", 0.5, 0.99, 0.9, 0.01),
+        log_slider("rate", 0.02, 1.9, 0.2),
+        log_slider("size", 0.1, 1e5, 400),
+        log_slider("whole", 1, 10_000, 20),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 25])
+def test_positions_are_even_allowed_and_read_as_they_are(control, count):
+    found = control.positions(count)
+    assert 3 <= len(found) <= max(count, 3)
+    assert (found[0], found[-1]) == (control.low, control.high)
+    assert control.value in found
+    assert found == sorted(set(found))
+    assert [control.read(value) for value in found] == found
+    assert [float(f"{value:.10g}") for value in found] == found, "the number that is shown is the number"
+    is_log = hasattr(control, "per_decade")
+    scaled = np.log10(np.array(found, dtype=float)) if is_log else np.array(found, dtype=float)
+    start = found.index(control.value)
+    for side in (scaled[: start + 1], scaled[start:]):
+        gaps = np.diff(side)
+        slack = 0.8 * np.ptp(scaled) / (max(count, 3) - 1) if is_log else control.step
+        assert np.ptp(gaps) <= slack + 1e-9 or len(found) < count, "evenly spaced on its own scale"
+
+
+def test_drawn_from_its_positions_the_start_is_the_stored_picture():
+    """The start keeps its type: 8 is written as 8 by a drawing function that 8.0 would make write 8.0."""
+    for control in (log_slider("size", 1, 256, 8), slider("share", 0, 0.95, 0, 0.05), slider("n", 1, 9, 5, 1)):
+        (start,) = (value for value in control.positions(5) if value == control.value)
+        assert type(start) is type(control.value)
+    assert all(type(value) is int for value in slider("n", 1, 9, 5, 1).positions(5))
