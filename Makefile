@@ -9,26 +9,29 @@ PYTHON  ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 pytho
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+DOCS    := $(VENV)/.installed-docs
 DEV     := $(VENV)/.installed-dev
+SITE    := docs/_build/html
 PORT    ?= 8888
 BROWSER ?= yes
 FIRST   := /lab/tree/notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run reset study bench clean
+.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive clean
 .SILENT:
 
 help:  ## list these targets
 	echo "The Craft of Training"
-	sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  make %-6s %s\n", $$1, $$2 }'
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 lab: $(STAMP)  ## open the course in JupyterLab (PORT=8888; BROWSER=no on a server)
 	echo "JupyterLab starts at http://localhost:$(PORT)$(FIRST) (Ctrl-C ends it)"
 	echo "A browser that asks for a token needs the longer address below."
 	# In a container one is root, and Jupyter must be told that this is meant; it still asks for the token and listens
-	# on localhost only
+	# on localhost only. answer_yes: Ctrl-C ends it without a question. The last two: nothing is looked up on the network
 	if [ "$$(id -u)" = 0 ]; then echo "You are root: what a notebook does, it does as root."; root=--allow-root; fi; \
-	exec $(BIN)/jupyter lab --port=$(PORT) --ServerApp.port_retries=0 --log-level=WARN $$root \
+	exec $(BIN)/jupyter lab --port=$(PORT) --ServerApp.port_retries=0 --ServerApp.answer_yes=True --log-level=ERROR $$root \
+		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 		$(if $(filter no,$(BROWSER)),--no-browser) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(FIRST)
 
 test: $(DEV)  ## run everything: lint, types, unit tests, each notebook and its plots
@@ -43,11 +46,27 @@ reset: $(STAMP)  ## give a chapter back as it was (NB=02); the edited one is kep
 study: $(STAMP)  ## run the recorded study of a chapter (NB=02), or go on with it
 	$(BIN)/python -m course_lib.lab.studies $(NB)
 
+frames: $(STAMP)  ## draw the explorers' frames for the web site (NB=02), after `make run`
+	$(BIN)/python -m course_lib.proving.frames $(NB)
+
 bench: $(DEV)  ## measure what the course promises about speed, as ratios
 	$(BIN)/python -m tests.benchmarks
 
+docs: $(DOCS)  ## build the web site into docs/_build/html, from the notebooks as they are stored
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet docs $(SITE)
+	echo "The site is $(SITE)/index.html"
+
+docs-serve: PORT := 8000
+docs-serve: docs  ## build the web site and show it (PORT=8000)
+	echo "The site is at http://localhost:$(PORT)/ (Ctrl-C ends it)"
+	exec $(BIN)/python -m http.server --bind localhost --directory $(SITE) $(PORT)
+
+docs-archive: docs  ## pack the web site into one zip that opens from disk, for a room without network
+	cd docs && ../$(BIN)/python -m site_builder.archive ../$(SITE) _build/craft-of-training.zip
+
 clean:  ## remove .venv and what tests and tools left behind (data sets stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info
+	rm -rf docs/_build docs/api docs/chapters docs/solutions
 	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Made once; made again only when one of these two files is newer
@@ -67,8 +86,14 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements.txt
 	touch $(STAMP)
 
+# What the web site needs besides
+$(DOCS): requirements-docs.txt $(STAMP)
+	[ -t 1 ] || quiet=--quiet; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $(DOCS)
+
 # What tests and benchmarks need besides
-$(DEV): requirements-dev.txt $(STAMP)
+$(DEV): requirements-dev.txt requirements-docs.txt $(STAMP)
 	[ -t 1 ] || quiet=--quiet; \
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements-dev.txt
-	touch $(DEV)
+	touch $(DOCS) $(DEV)

@@ -37,11 +37,11 @@ def succeeds(*command: str) -> None:
 
 
 def test_lint() -> None:
-    succeeds(sys.executable, "-m", "ruff", "check", "--output-format=concise", "course_lib", "tests")
+    succeeds(sys.executable, "-m", "ruff", "check", "--output-format=concise", "course_lib", "tests", "docs")
 
 
 def test_format() -> None:
-    succeeds(sys.executable, "-m", "ruff", "format", "--diff", "course_lib", "tests")
+    succeeds(sys.executable, "-m", "ruff", "format", "--diff", "course_lib", "tests", "docs")
 
 
 @pytest.mark.skipif(not NOTEBOOKS, reason="there are no notebooks yet")
@@ -131,7 +131,8 @@ def pins(*files: str) -> dict[str, str]:
     lines = [line for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
     bare = [line.partition("#")[0].strip() for line in lines]
     # the course itself has no version to pin
-    wanted = [line for line in bare if line and line not in ("-e .", "-r requirements.txt")]
+    others = ("-e .", "-r requirements.txt", "-r requirements-docs.txt")
+    wanted = [line for line in bare if line and line not in others]
     loose = [line for line in wanted if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)]
     assert not loose, f"{' and '.join(files)} must pin exact versions (name==1.2.3), got {loose}"
     return {canonical(name): version for name, version in (line.split("==") for line in wanted)}
@@ -142,10 +143,12 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_pinned() -> None:
-    distributions, pinned = metadata.packages_distributions(), pins("requirements.txt", "requirements-dev.txt")
-    own = {"course_lib", "tests", *(path.stem for path in modules(ROOT / "tests"))}
+    files = ("requirements.txt", "requirements-docs.txt", "requirements-dev.txt")
+    distributions, pinned = metadata.packages_distributions(), pins(*files)
+    brought = {"docutils", "markdown_it", "myst_parser", "fontTools"}  # by sphinx, myst-nb and matplotlib
+    own = {"course_lib", "tests", "site_builder", *(path.stem for path in modules(ROOT / "tests"))} | brought
     wrong = set()
-    for path in (*modules(), *modules(ROOT / "tests")):
+    for path in (*modules(), *modules(ROOT / "tests"), *modules(ROOT / "docs" / "site_builder")):
         for line, name in imports(path):
             top = name.split(".")[0]
             if top in own or top in sys.stdlib_module_names:
@@ -171,11 +174,15 @@ def test_what_course_lib_imports_is_declared() -> None:
 
 
 def test_a_learner_installs_no_tools_of_authors() -> None:
-    """What tests and benchmarks need besides stands in requirements-dev.txt, which begins with the learner's."""
-    dev = pins("requirements-dev.txt")
-    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
-    assert {"pytest", "ruff", "mypy", "nbval", "psutil", "torch-pruning"} <= dev.keys()
+    """What tests and benchmarks need besides stands in requirements-dev.txt, and what the site needs by itself."""
+    dev, docs = pins("requirements-dev.txt"), pins("requirements-docs.txt")
+    for name, builds_on in (("dev", ("requirements.txt", "requirements-docs.txt")), ("docs", ("requirements.txt",))):
+        lines = (ROOT / f"requirements-{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert {f"-r {other}" for other in builds_on} <= set(lines)
+    assert {"pytest", "ruff", "mypy", "nbval", "psutil", "torch-pruning", "playwright"} <= dev.keys()
+    assert {"sphinx", "furo", "myst-nb"} <= docs.keys()
     assert not dev.keys() & pins().keys()
+    assert not docs.keys() & (pins().keys() | dev.keys())
 
 
 def test_conda_gets_the_same() -> None:
@@ -260,7 +267,7 @@ def test_the_tests_mirror_course_lib_folder_for_folder() -> None:
     """``course_lib/NAME`` (or ``NAME.py``) is tested in ``tests/NAME/``; there are no other folders and no strays."""
     parts = {name.removesuffix(".py") for name in top_level(PACKAGE) if not name.startswith("_")}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith("_")}
-    assert folders == parts | {"benchmarks"}
+    assert folders == parts | {"benchmarks", "docs", "browser"}
     assert not [part for part in parts if not list((ROOT / "tests" / part).rglob("test_*.py"))]
     loose = {path.name for path in (ROOT / "tests").glob("*.py")}
     assert loose == {"__init__.py", "conftest.py", "test_project.py", "test_torchvision_mend.py"}
@@ -311,12 +318,13 @@ def make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A checkout whose environment has been made: each command there only writes down how it was called."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements-docs.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
     for name in ("python", "pip", "jupyter"):
         script(tmp_path / ".venv" / "bin" / name, f'echo "{name} $@"')
     (tmp_path / ".venv" / ".installed").touch()
+    (tmp_path / ".venv" / ".installed-docs").touch()
     (tmp_path / ".venv" / ".installed-dev").touch()
     return tmp_path
 
@@ -335,9 +343,10 @@ def test_help_lists_every_target() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     declared = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE)
     assert declared is not None
-    assert re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE) == declared[1].split()
+    assert re.findall(r"^  make ([\w-]+) +\S", done.stdout, re.MULTILINE) == declared[1].split()
     assert make(ROOT, "help").stdout == done.stdout, "help is what plain `make` does"
-    assert {"lab", "test", "run", "reset", "study", "bench", "clean", "help"} == set(declared[1].split())
+    site = {"frames", "docs", "docs-serve", "docs-archive"}
+    assert {"lab", "test", "run", "reset", "study", "bench", "clean", "help"} | site == set(declared[1].split())
 
 
 @needs_make
@@ -349,6 +358,20 @@ def test_a_second_call_installs_nothing(installed: Path) -> None:
     assert make(installed, "run").stdout == "python -m course_lib.proving.run_notebook\n"
     assert make(installed, "reset", "NB=02").stdout == "python -m course_lib.lab.reset 02\n"
     assert make(installed, "study", "NB=02").stdout == "python -m course_lib.lab.studies 02\n"
+    assert make(installed, "frames", "NB=02").stdout == "python -m course_lib.proving.frames 02\n"
+
+
+@needs_make
+def test_the_site_is_built_served_and_packed(installed: Path) -> None:
+    build = "python -m sphinx --builder html --nitpicky --fail-on-warning --quiet docs docs/_build/html\n"
+    assert make(installed, "docs").stdout == f"{build}The site is docs/_build/html/index.html\n"
+    served = make(installed, "docs-serve").stdout
+    assert "http://localhost:8000/" in served
+    assert served.endswith("python -m http.server --bind localhost --directory docs/_build/html 8000\n")
+    assert "http://localhost:9001/" in make(installed, "docs-serve", "PORT=9001").stdout
+    (installed / "docs").mkdir()
+    packed = "python -m site_builder.archive ../docs/_build/html _build/craft-of-training.zip\n"
+    assert make(installed, "docs-archive").stdout.endswith(packed)
 
 
 @needs_make
@@ -416,7 +439,15 @@ def test_clean_keeps_the_data(installed: Path) -> None:
     (installed / "course_lib" / "__pycache__").mkdir(parents=True)
     assert make(installed, "clean").returncode == 0
     assert sorted(path.name for path in installed.iterdir()) == [
-        *("Makefile", "course_lib", "data", "pyproject.toml", "requirements-dev.txt", "requirements.txt")
+        *(
+            "Makefile",
+            "course_lib",
+            "data",
+            "pyproject.toml",
+            "requirements-dev.txt",
+            "requirements-docs.txt",
+            "requirements.txt",
+        )
     ]
     assert (installed / "data" / "mnist.bin").exists()
     assert not any((installed / "course_lib").iterdir())
@@ -428,6 +459,7 @@ def test_the_build_server_runs_make_test(tmp_path: Path, shared: bool) -> None:
     (checkout / ".ci").mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
     script(tmp_path / "bin" / "make", 'echo "make $@ in $PWD shared=$COURSE_SHARED"')
+    script(tmp_path / "bin" / "chromium", "true")  # there, so nothing is installed
     if shared:
         (tmp_path / "shared" / "data").mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if k != "COURSE_SHARED"}

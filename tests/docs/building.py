@@ -1,0 +1,31 @@
+"""Builds the site for tests: one at a time, and by `make docs`'s own command, so that a second call takes seconds."""
+
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command() -> list[str]:
+    """What `make docs` runs, by this interpreter."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    recipe = next(line for number, line in enumerate(lines) if lines[number - 1].startswith("docs: "))
+    words = recipe.strip().replace("$(BIN)/python", sys.executable).replace("$(SITE)", "docs/_build/html").split()
+    assert words[1:3] == ["-m", "sphinx"], f"`make docs` runs something else: {recipe}"
+    return words
+
+
+@lru_cache(maxsize=1)
+def built() -> Path:
+    """The folder of the site, up to date; a build with a warning is a failure that shows it."""
+    (ROOT / "docs" / "_build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "docs" / "_build" / "lock"):
+        done = subprocess.run(command(), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        pytest.fail(f"the site does not build cleanly:\n{done.stdout}{done.stderr}", pytrace=False)
+    return ROOT / "docs" / "_build" / "html"
