@@ -14,9 +14,9 @@
   const chapter = form.elements.namedItem("chapter");
   const status = form.querySelector("[role=status]");
 
-  // Without accents, and with one kind of quotation mark, so that what is typed is found
+  // Without accents and dashes, and with one kind of quotation mark, so that what is typed is found
   const plain = (text) =>
-    text.normalize("NFKD").replace(/\p{M}/gu, "").replace(/[‘’]/g, "'").replace(/[“”]/g, '"').toLowerCase();
+    text.normalize("NFKD").replace(/\p{M}/gu, "").replace(/[‘’]/g, "'").replace(/[“”]/g, '"').replace(/[\u2010-\u2015\u2212-]/g, "").toLowerCase();
 
   const items = [...document.querySelectorAll(".filtered > li")].map((element) => ({
     element,

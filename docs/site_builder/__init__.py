@@ -24,6 +24,12 @@ from sphinx.config import Config
 
 from site_builder import chapters, formulas
 
+# Before anything is painted: with a script the answers are folded, without one nothing is (course.js)
+ASKS = (
+    'try{var told=localStorage.getItem("craft-of-training.told")}catch(e){}'
+    'if(!told)document.documentElement.classList.add("asks")'
+)
+
 
 def _write_chapters(app: Sphinx, config: Config) -> None:
     chapters.write(Path(app.srcdir))
@@ -38,8 +44,7 @@ def _level_of_captions(app: Sphinx, pagename: str, template: str, context: dict[
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts."""
     app.connect("config-inited", _write_chapters)
-    # Before anything is painted: with a script the answers are folded, without one nothing is (course.js)
-    app.add_js_file(None, body='document.documentElement.classList.add("asks")', priority=1)
+    app.add_js_file(None, body=ASKS, priority=1)
     app.connect("html-page-context", _level_of_captions, priority=900)  # after the theme made the tree
     formulas.setup(app)
     for part in ("home", "collected", "api"):

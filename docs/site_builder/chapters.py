@@ -5,7 +5,8 @@
 
 - a head: neighbours on the map, when and on what it was run, the notebook to download, how to open it with a kernel;
 - every picture as a file of its own, at its size, loaded when it comes near, with an alternative text;
-- every prediction as a real question: what answers it is folded until the reader has decided;
+- every prediction as a real question: what follows it, up to the next heading or question, is folded until the reader
+  has decided (code stays in sight, but for claims and for figures, whose titles tell);
 - an explorer whose frames were drawn beforehand (`course_lib.proving.frames`);
 - a hint under each exercise, folded, and the solutions on a page that the search does not know.
 
@@ -27,13 +28,17 @@ import nbformat
 from nbformat import NotebookNode
 
 from course_lib.lab.chapters import CHAPTERS, Chapter
-from course_lib.proving.run_notebook import ANSWERED, CLAIMED
+from course_lib.proving import frames
+from course_lib.proving.run_notebook import CLAIMED
 from site_builder import fonts, notebooks
 from site_builder.notebooks import ROOT, Picture, as_json, html_of, picture, stored
 
 _PREDICTION = re.compile(r"Predict (?P<key>\d\d\.[a-z]): (?P<question>.*) \((?P<offered>.*)\)", re.DOTALL)
 _ANSWER = re.compile(r"(?P<key>\d\d\.[a-z]), .* Measured: (?P<measured>.*)\.", re.DOTALL)
 _ASIDE = re.compile(r"(?:import|from) \w+|predict\(|claims\.claim\(")  # code whose output says it better, or nothing
+_ASKED = re.compile(r"""^predict\(\s*["'](\d\d\.[a-z])["']""", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,4} ", re.MULTILINE)
+_HINTS_AT_THE_END = re.compile(r"Hints and solutions are folded at the end\.|Hints are at the end\.")
 _EXERCISE = re.compile(r"^\*\*Exercise (\d+)", re.MULTILINE)
 _FOLDED = re.compile(
     r"\s*<details><summary>(?:<b>)?(?P<name>Hints|Solutions)\b.*?</summary>(?P<body>.*)</details>\s*", re.DOTALL
@@ -88,30 +93,26 @@ def page_of(chapter: Chapter, root: Path = ROOT) -> Page:
     """The page of a chapter."""
     page, notebook = Page(chapter), stored(chapter, root)
     asking = ""  # the prediction whose answers are being shown
-    for cell in notebook.cells:
-        cell = copy.deepcopy(cell)
+    for stored_cell in notebook.cells:
+        cell = copy.deepcopy(stored_cell)
         cell.metadata = NotebookNode(tags=[])
         if cell.cell_type == "markdown":
-            asking = ""
-            _add_words(page, cell)
+            asking = _add_words(page, cell, asking)
             continue
         if _ASIDE.match(cell.source):
             cell.metadata.tags.append("hide-input")
-        if found := ANSWERED.search(cell.source):
-            key = re.match(r"""\s*["'](\d\d\.[a-z])["']""", cell.source[found.end() :])
-            asking = key[1] if key else asking
-        if asking:
-            cell.metadata.tags.append(f"asked-{asking.replace('.', '-')}")
-            if CLAIMED.search(cell.source):
-                cell.metadata.tags.append("answers-in-source")
+        if found := _ASKED.search(cell.source):
+            asking = found[1]
+        elif asking:
+            cell.metadata.tags.append(_tag(asking))
+            if CLAIMED.search(cell.source) or any("image/png" in output.get("data", {}) for output in cell.outputs):
+                cell.metadata.tags.append("answers-in-source")  # a claim, or a title that tells
         cell.outputs = [_shown(page, output) for output in cell.outputs]
         page.cells.append(cell)
     first = next(k for k, cell in enumerate(page.cells) if cell.cell_type == "markdown")
     page.cells.insert(first + 1, nbformat.v4.new_markdown_cell(_head(page, notebook)))
     frames_file = root / "docs" / "frames" / f"{chapter.nn}.json.gz"
     if page.explorers and frames_file.is_file():
-        from course_lib.proving import frames  # TMP
-
         page.files[f"frames/{chapter.nn}.js"] = frames.as_script(frames_file, chapter.nn).encode()
     return page
 
@@ -127,15 +128,33 @@ def _as_file(cells: list[NotebookNode]) -> bytes:
 # Words: exercises, hints, solutions
 
 
-def _add_words(page: Page, cell: NotebookNode) -> None:
+def _tag(key: str) -> str:
+    return f"asked-{key.replace('.', '-')}"
+
+
+def _add_words(page: Page, cell: NotebookNode, asking: str) -> str:
+    """Add a cell of words; the prediction whose answers are still being shown after it: none after a heading."""
     folded = _FOLDED.fullmatch(cell.source)
     if folded and folded["name"] == "Hints" and _place_hints(page, folded["body"]):
-        return
+        return ""
     if folded and folded["name"] == "Solutions":
         page.solutions = folded["body"].strip()
         words = f"The [solutions](../solutions/{page.chapter.nn}.md) have a page of their own, for when you have tried."
+        page.cells.append(nbformat.v4.new_markdown_cell(words))
+        return ""
+    words = _HINTS_AT_THE_END.sub(
+        "A hint is folded below each exercise; the solutions have a page of their own.", cell.source
+    )
+    heading = _HEADING.search(words)
+    told = (words[: heading.start()] if heading else words).strip() if asking else ""
+    if told:
+        inside = f"::::::{{container}} told {_tag(asking)}\n{told}\n::::::"
+        page.cells.append(nbformat.v4.new_markdown_cell(inside))
+        words = words[heading.start() :] if heading else ""
+    if words:
         cell.source = words
-    page.cells.append(cell)
+        page.cells.append(cell)
+    return "" if heading else asking
 
 
 def _place_hints(page: Page, body: str) -> bool:
@@ -176,8 +195,8 @@ nosearch: true
 
 # {chapter.number} · {chapter.title}: solutions
 
-Of the exercises in [chapter {chapter.number}](../chapters/{page.name}). In the notebook itself `check` tells you
-whether yours is right, also where it is written in another way.
+Of the <a href="../chapters/{page.name}.html#exercises">exercises of chapter {chapter.number}</a>. In the notebook
+itself `check` tells you whether yours is right, also where it is written in another way.
 
 <details class="solutions"><summary>Show the solutions</summary>
 

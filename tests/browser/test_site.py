@@ -148,7 +148,7 @@ def test_what_answers_a_question_is_shown_once_the_reader_has_decided(open_page:
 
 def test_a_link_to_a_claim_unfolds_it(open_page: Any) -> None:
     page = open_page(CHAPTERS[2])
-    folded = page.locator("[class*='tag_asked-'] .claim").first
+    folded = page.locator("[class*='asked-'] .claim").first
     assert not folded.is_visible()
     number = folded.get_attribute("id")
     page = open_page(f"{CHAPTERS[2]}#{number}")

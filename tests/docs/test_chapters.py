@@ -78,7 +78,7 @@ def test_solutions_go_to_a_page_of_their_own(tmp_path: Path) -> None:
     assert "(../solutions/02.md)" in words(made)[-1]
 
 
-def test_what_answers_a_question_is_marked_up_to_the_next_words(tmp_path: Path) -> None:
+def test_what_answers_a_question_is_marked_up_to_the_next_heading(tmp_path: Path) -> None:
     question = predict("02.z", "Which one?", choices=["this <one>", "that"])
     claims = Claims()
     claim = claims.claim("It is that", "x == 1", x=1)
@@ -87,11 +87,12 @@ def test_what_answers_a_question_is_marked_up_to_the_next_words(tmp_path: Path) 
         shown(question, 'predict("02.z", "Which one?", choices=[])'),
         shown(answered("02.z", "that"), 'answered("02.z", "that")'),
         shown(claim, 'claims.claim("It is that")'),
-        v4.new_markdown_cell("So it is."),
+        v4.new_markdown_cell("So it is.\n\n## 2. Next\n\nMore."),
         code("after = 1"),
     )
     tags = [cell.metadata.tags for cell in made.cells if cell.cell_type == "code"]
     assert tags == [["hide-input"], ["asked-02-z"], ["hide-input", "asked-02-z", "answers-in-source"], []]
+    assert words(made)[-2:] == ["::::::{container} told asked-02-z\nSo it is.\n::::::", "## 2. Next\n\nMore."]
     text = html_of(made.cells)
     assert 'data-options="[&quot;this &lt;one&gt;&quot;, &quot;that&quot;]"' in text
     assert '<span class="offered"><br>this &lt;one&gt; / that</span>' in text
