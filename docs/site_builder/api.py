@@ -371,6 +371,7 @@ def _style(app: Sphinx, pagename: str, template: str, context: dict[str, Any], d
 
 def setup(app: Sphinx) -> None:
     """Connect the parts."""
+    app.setup_extension("sphinx.ext.viewcode")
     app.connect("builder-inited", _write)
     app.connect("autodoc-process-docstring", _convert)
     app.connect("autodoc-process-signature", _sign)

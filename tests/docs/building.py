@@ -15,7 +15,8 @@ def command() -> list[str]:
     """What `make docs` runs, by this interpreter."""
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     recipe = next(line for number, line in enumerate(lines) if lines[number - 1].startswith("docs: "))
-    words = recipe.strip().replace("$(BIN)/python", sys.executable).replace("$(SITE)", "docs/_build/html").split()
+    stands_for = {"$(BIN)/python": sys.executable, "$(SITE)": "docs/_build/html"}
+    words = [stands_for.get(word, word) for word in recipe.split()]
     assert words[1:3] == ["-m", "sphinx"], f"`make docs` runs something else: {recipe}"
     return words
 
