@@ -1,6 +1,7 @@
 """What becomes of a notebook: its words, exercises, questions, claims and pictures, case by case."""
 
 from base64 import b64encode
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,12 @@ from course_lib.proving.figures import FIGURE_MIME, describe_figure
 from site_builder import chapters, notebooks
 
 OPTIMIZERS = CHAPTERS[2]
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left_open() -> Iterator[None]:
+    yield
+    plt.close("all")
 
 
 def code(source: str, **data: object) -> NotebookNode:
