@@ -30,6 +30,20 @@ const answers = (key) => document.querySelectorAll(`[class*="asked-${key.replace
 
 function fold(key, open) {
   for (const part of answers(key)) part.classList.toggle("open", open);
+  fit();
+}
+
+// What is wider than the column is scrolled, by keys too, and a shadow says that there is more. Asked again when
+// something is unfolded: what is folded has no width
+function fit() {
+  for (const block of document.querySelectorAll("article pre, article figure")) {
+    if (block.scrollWidth > block.clientWidth + 1) block.tabIndex = 0;
+  }
+  document.querySelectorAll(".scrolls, .explorer-picture").forEach(hint);
+}
+
+function hint(box) {
+  box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 8);
 }
 
 function button(words, act) {
@@ -110,6 +124,7 @@ function offerAll() {
   const toggle = button(words(), () => {
     store(TOLD, page.toggle("asks") ? null : "yes");
     toggle.textContent = words();
+    fit();
   });
   head.append(toggle);
 }
@@ -120,23 +135,17 @@ offerAll();
 unfoldTarget();
 addEventListener("hashchange", unfoldTarget);
 
-// What is wider than the column is scrolled by keys too, which then do not turn the page; a shadow says there is more
-for (const block of document.querySelectorAll("article pre, article figure")) {
-  if (block.scrollWidth > block.clientWidth + 1) block.tabIndex = 0;
-}
+// Keys that scroll what is wider than the column do not turn the page
 addEventListener("keydown", (event) => {
   if (/^Arrow(Left|Right)$/.test(event.key) && event.target.closest?.('[tabindex="0"]')) event.stopPropagation();
 }, true);
 
-function hint(box) {
-  box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 8);
-}
-const hintAll = () => document.querySelectorAll(".scrolls, .explorer-picture").forEach(hint);
 addEventListener("scroll", (event) => { if (event.target.matches?.(".scrolls, .explorer-picture")) hint(event.target); }, true);
-addEventListener("resize", hintAll);
-addEventListener("load", hintAll);
+addEventListener("resize", fit);
+addEventListener("load", fit);
+fit();
 for (const explorer of document.querySelectorAll("figure.explorer")) {
-  new MutationObserver(hintAll).observe(explorer, { childList: true });
+  new MutationObserver(fit).observe(explorer, { childList: true });
 }
 
 // The search fetches the pages that it found for an excerpt of each; from a disk nothing can be fetched
