@@ -19,7 +19,6 @@ import copy
 import hashlib
 import html
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ _ANSWER = re.compile(r"(?P<key>\d\d\.[a-z]), .* Measured: (?P<measured>.*)\.", r
 _ASIDE = re.compile(r"(?:import|from) \w+|predict\(|claims\.claim\(")  # code whose output says it better, or nothing
 _ASKED = re.compile(r"""^predict\(\s*["'](\d\d\.[a-z])["']""", re.MULTILINE)
 _HEADING = re.compile(r"^#{1,4} ", re.MULTILINE)
-_HINTS_AT_THE_END = re.compile(r"Hints and solutions are folded at the end\.|Hints are at the end\.")
+_HINTS_AT_THE_END = re.compile(r"Hints and solutions are folded at the end\.")
 _EXERCISE = re.compile(r"^\*\*Exercise (\d+)", re.MULTILINE)
 _FOLDED = re.compile(
     r"\s*<details><summary>(?:<b>)?(?P<name>Hints|Solutions)\b.*?</summary>(?P<body>.*)</details>\s*", re.DOTALL
@@ -302,9 +301,3 @@ def _head(page: Page, notebook: NotebookNode) -> str:
 
 def _link(chapter: Chapter) -> str:
     return f'<a href="{Path(chapter.file).stem}.html">{chapter.number} {chapter.title}</a>'
-
-
-def remove(docs: Path) -> None:
-    """Remove all that `write` writes."""
-    for folder in (docs / "chapters", docs / "solutions", docs / "_build" / "made"):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -28,9 +28,10 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 from course_lib.lab.chapters import Chapter
+from course_lib.proving.figures import FIGURE_MIME
 from site_builder import collecting, notebooks, studies
 from site_builder.collecting import CODE, Collecting, escaped, link, markdown, named, notebook_of, scrolls
-from site_builder.notebooks import FIGURE, Claim, Reference, plain
+from site_builder.notebooks import Claim, Reference, plain
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class ExampleFigure(Example):
 
     def run(self) -> list[nodes.Node]:
         data = [output.get("data", {}) for output in notebooks.outputs(notebook_of(self.chapter()))]
-        held = [found[FIGURE] for found in data if FIGURE in found]
+        held = [found[FIGURE_MIME] for found in data if FIGURE_MIME in found]
         content = self.one_of([one for one in held if has_a_line(one)], "figures with a title, labels and a line")
         text = json.dumps(beginning(content), indent=1, ensure_ascii=False)
         return [nodes.literal_block(text, text, language="json")]

@@ -4,7 +4,7 @@
 | --- | --- |
 | ``{loop}`` | the training loop as a picture of boxes, each leading to its chapters |
 | ``{chapters}`` | all chapters: what is written leads there, what is to come says so |
-| ``{in-figures}`` | chapters, figures, tested claims and hours of recorded studies, counted |
+| ``{in-figures}`` | chapters, figures, tested claims and runs of recorded studies, counted |
 """
 
 from __future__ import annotations

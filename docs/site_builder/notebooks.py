@@ -28,9 +28,9 @@ import nbformat
 from nbformat import NotebookNode
 
 from course_lib.lab.chapters import CHAPTERS, Chapter, written
+from course_lib.proving.figures import FIGURE_MIME
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURE = "application/vnd.craft.figure+json"
 _CLAIM = re.compile(
     r'<div><span style="[^"]*">(?P<mark>[✓✗][^<]*)</span> (?P<sentence>.*?) <span style="opacity:0.75">'
     r"\((?P<figures>.*?); <code>(?P<condition>.*?)</code>\)</span></div>",
@@ -131,7 +131,7 @@ def picture(output: NotebookNode) -> Picture:
     pixels = [int.from_bytes(png[at : at + 4], "big") for at in (16, 20)]
     width = int(output["metadata"].get("image/png", {}).get("width", pixels[0] // 2))
     height = round(width * pixels[1] / pixels[0])
-    return Picture(png, width, height, alternative_text(data.get(FIGURE, {})), _controls(data))
+    return Picture(png, width, height, alternative_text(data.get(FIGURE_MIME, {})), _controls(data))
 
 
 def _controls(data: Mapping[str, Any]) -> int:

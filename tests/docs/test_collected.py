@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from functools import lru_cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat import NotebookNode, v4
-
-pytest.importorskip("sphinx", reason="pip install -r requirements-docs.txt")
-
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
@@ -25,6 +21,7 @@ from course_lib.lab.chapters import CHAPTERS, Chapter
 from course_lib.lab.studies import Part, Recorded, Study, StudyOutdated, declared, recorded, study_file
 from site_builder import collected, collecting, notebooks, studies
 from site_builder.notebooks import Reference
+from tests.docs.elements import Elements
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("claims", "bibliography", "studies", "glossary", "verification")
@@ -106,21 +103,6 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small_site(course: Path, **more: str) -> Built:
     stubs = {collecting.page_of(chapter): STUB for chapter in (OPTIMIZERS, PRUNING)}
     return Built(course, claims="# Claims\n\n```{claims}\n```\n", plain="# Plain\n\nNothing.", **stubs, **more)
-
-
-class Elements(HTMLParser):
-    """The elements of a page, with their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.found if name == tag]
 
 
 @lru_cache(maxsize=32)
