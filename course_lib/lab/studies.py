@@ -47,8 +47,8 @@ from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fr
 
 STUDIES = "course_lib.studies"  # the package with one module a chapter
 
-Arm = Callable[[Dataset, int], "float | Mapping[str, float]"]
-"""``(data, seed) -> number``, or several by name: whatever a recipe alone cannot say."""
+Arm = Callable[[Dataset, int], "float | Mapping[str, float | list[float]]"]
+"""``(data, seed) -> number``, or several by name: whatever a recipe alone cannot say. Lists of numbers are curves."""
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,7 @@ def recorded(chapter: str, part: str | None = None, of: str | None = None) -> Re
     Parameters
     ----------
     part : one of the study's parts; may be left out where there is only one.
-    of : where each run measured several numbers, which of them.
+    of : where each run measured several numbers, which of them. Its curves are in ``histories``.
 
     Raises
     ------
@@ -409,19 +409,29 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
     book, declared_part = Book(file, read_only=True), study.parts[part]
     jobs = list(final_jobs(replace(study, parts={part: declared_part}), book.rows))
     values, used = {arm: np.full(len(declared_part.seeds), np.nan) for arm in declared_part.arms}, []
+    histories: dict[str, list[History]] = {}
     for job in jobs:
         row = _value(study, job, book.rows)
         used.append(row)
         value = row["value"]
         if isinstance(value, dict):
-            if of not in value:
-                raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, value))}; choose one")
+            curves = {name: curve for name, curve in value.items() if isinstance(curve, list)}
+            if curves:
+                histories.setdefault(job.arm, []).append(_history(curves))
+            numbers = [name for name in value if name not in curves]
+            if of not in numbers:
+                raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, numbers))}; choose one")
             value = value[of]
         values[job.arm][declared_part.seeds.index(job.seed)] = np.nan if value is None else value
     metric = "test accuracy" if of is None else of
     choices = {job.arm: job.candidate for job in jobs if job.candidate}
     caption = _caption(declared_part, book, [r for r in book.rows if r["part"] == part], used)
-    return Recorded(metric, declared_part.seeds, values, {}, {}, caption, choices)
+    return Recorded(metric, declared_part.seeds, values, histories, {}, caption, choices)
+
+
+def _history(curves: Mapping[str, list[float]]) -> History:
+    rows = [dict(zip(curves, row, strict=True)) for row in zip(*curves.values(), strict=True)]
+    return History(rows, epochs=int(rows[-1].get("epoch", len(rows))))
 
 
 def _caption(part: Part, book: Book, rows: list[dict[str, Any]], used: list[dict[str, Any]]) -> str:

@@ -24,8 +24,8 @@ def a_batch_an_epoch(data: Dataset) -> Recipe:
     return replace(recipe(0.1), batch_size=len(data.train))
 
 
-def several(data: Dataset, seed: int) -> Mapping[str, float]:
-    return {"size": float(len(data.train)), "seed": float(seed)}
+def several(data: Dataset, seed: int) -> Mapping[str, float | list[float]]:
+    return {"size": float(len(data.train)), "seed": float(seed), "epoch": [0.5, 1, 2], "loss": [3, 2, seed]}
 
 
 def explodes(model, x, y):

@@ -81,6 +81,14 @@ def test_a_run_may_measure_several_numbers(undisturbed):
         read(STUDY, undisturbed, "other")
 
 
+def test_what_a_run_measured_along_the_way_is_its_history(undisturbed):
+    histories = read(STUDY, undisturbed, "functions", of="size").histories
+    assert [history["loss"] for history in histories["several"]] == [[3, 2, 0], [3, 2, 1]]
+    assert histories["several"][0].frame().index.tolist() == [0.5, 1, 2]
+    assert histories["several"][0].epochs == 2
+    assert not read(STUDY, undisturbed, "recipes").histories
+
+
 def test_a_second_call_runs_nothing(undisturbed):
     before = undisturbed.read_bytes()
     assert run_study(STUDY, undisturbed, workers=1) == 0
