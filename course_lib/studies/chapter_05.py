@@ -8,8 +8,8 @@ batches of 50, float32.
 
 Each run reports accuracy on the test and the validation split, on the training labels as they were given, and how well
 calibrated it is. Beside single methods stand pairs of them at a middle strength, and flips with shifts of the images
-(chapter 1), as a yardstick. A last part takes the network from narrow to wide, with wrong labels, with and without
-decay.
+(chapter 1), as a yardstick. Another part takes the network from narrow to wide, with wrong labels, with and without
+decay. The parts on drawn digits, where many more methods are compared, are in ``chapter_05_digits.py``.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,13 @@ from course_lib import schedules
 from course_lib.lab.data import Dataset, random_shift
 from course_lib.lab.studies import Arm, Part, Study
 from course_lib.lab.training import Objective, Recipe, cross_entropy, evaluate, fit, fresh, logits_of
+from course_lib.studies import chapter_05_digits as digits
 from course_lib.studies import cifar10
 
 CHOOSING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
 EPOCHS, LR = 20, 0.05
 WRONG = 0.2
-WIDTHS = (1, 2, 4, 8, 16, 32)
+WIDTHS = (1, 2, 4, 8, 16)
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "weight decay": (1e-3, 3e-3, 1e-2),
@@ -176,5 +177,14 @@ STUDY = Study(
         "clean": Part("Small dense-headed network on CIFAR-10, 5,000 labels", clean, arms(), (*CHOOSING, *REPORTED)),
         "noisy": Part("The same with every fifth label wrong", noisy, arms(), (*CHOOSING, *REPORTED)),
         "width": Part("From narrow to wide, every fifth label wrong", noisy, widths(), REPORTED),
+        "digits": Part(
+            "MLP on 600 drawn digits, three in ten labels wrong", digits.wrong, digits.arms(), (*CHOOSING, *REPORTED)
+        ),
+        "norms": Part(
+            "Kinds of normalisation, 600 drawn digits", digits.right, digits.normalised(), (*CHOOSING, *REPORTED)
+        ),
+        "norms_noisy": Part(
+            "The same with three in ten labels wrong", digits.wrong, digits.normalised(), (*CHOOSING, *REPORTED)
+        ),
     },
 )
