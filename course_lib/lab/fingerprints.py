@@ -34,6 +34,7 @@ import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -231,7 +232,17 @@ def _of_tensor(tensor: Tensor) -> bytes:
     return _hash("tensor", str(tensor.dtype), tuple(tensor.shape), bytes(content))
 
 
+_sources: WeakKeyDictionary[types.FunctionType, str] = WeakKeyDictionary()
+
+
 def _source(function: types.FunctionType) -> str:
+    """``_read_source``, once a function: a study's hundred arms use the same ones, and to parse them takes a while."""
+    if function not in _sources:
+        _sources[function] = _read_source(function)
+    return _sources[function]
+
+
+def _read_source(function: types.FunctionType) -> str:
     """The function's source without comments and docstrings; its bytecode where there is no source to be had.
 
     Bytecode holds for one version of Python only: enough for a checkpoint, not for a recorded study.

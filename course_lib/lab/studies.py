@@ -410,8 +410,11 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
     jobs = list(final_jobs(replace(study, parts={part: declared_part}), book.rows))
     values, used = {arm: np.full(len(declared_part.seeds), np.nan) for arm in declared_part.arms}, []
     histories: dict[str, list[History]] = {}
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in book.rows:
+        rows.setdefault(_key(row), []).append(row)
     for job in jobs:
-        row = _value(study, job, book.rows)
+        row = _value(study, job, rows.get(job.key, []))
         used.append(row)
         value = row["value"]
         if isinstance(value, dict):

@@ -100,6 +100,18 @@ def test_a_schedule_on_drawn_digits_is_repeated_anywhere(name, monkeypatch):
     assert again == pytest.approx(row["value"]["0.02"], abs=0.002)
 
 
+def test_a_regularized_run_on_drawn_digits_is_repeated_anywhere(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    book, arm = Book(study_file("05"), read_only=True), "label smoothing 0.7"
+    part = declared("05").parts["digits"]
+    data = part.data()
+    assert fingerprint(data) == book.sessions[-1]["data"]["digits"]
+    (row, *_) = (r for r in book.rows if r["part"] == "digits" and r["arm"] == arm)
+    with one_thread():
+        again = part.arms[arm](data, row["seed"])
+    assert again == {name: pytest.approx(value, rel=0.005, abs=0.005) for name, value in row["value"].items()}
+
+
 def offline(name, folder):
     from course_lib.lab.data import downloads
 
