@@ -409,7 +409,7 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
     book, declared_part = Book(file, read_only=True), study.parts[part]
     jobs = list(final_jobs(replace(study, parts={part: declared_part}), book.rows))
     values, used = {arm: np.full(len(declared_part.seeds), np.nan) for arm in declared_part.arms}, []
-    histories: dict[str, list[History]] = {}
+    curves_of: dict[str, dict[int, History]] = {}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in book.rows:
         rows.setdefault(_key(row), []).append(row)
@@ -420,12 +420,14 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
         if isinstance(value, dict):
             curves = {name: curve for name, curve in value.items() if isinstance(curve, list)}
             if curves:
-                histories.setdefault(job.arm, []).append(_history(curves))
+                curves_of.setdefault(job.arm, {})[job.seed] = _history(curves)
             numbers = [name for name in value if name not in curves]
             if of not in numbers:
                 raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, numbers))}; choose one")
             value = value[of]
         values[job.arm][declared_part.seeds.index(job.seed)] = np.nan if value is None else value
+    # A run that diverged left no curves: an empty history keeps the others at the place of their seed
+    histories = {arm: [found.get(seed, History()) for seed in declared_part.seeds] for arm, found in curves_of.items()}
     metric = "test accuracy" if of is None else of
     choices = {job.arm: job.candidate for job in jobs if job.candidate}
     caption = _caption(declared_part, book, [r for r in book.rows if r["part"] == part], used)

@@ -89,6 +89,22 @@ def test_what_a_run_measured_along_the_way_is_its_history(undisturbed):
     assert not read(STUDY, undisturbed, "recipes").histories
 
 
+def test_a_history_stands_at_the_place_of_its_seed(tmp_path, undisturbed):
+    """Also where another seed's run diverged and left none."""
+    file = tmp_path / "study.jsonl"
+    file.write_text("".join(map(without_first_curve, undisturbed.read_text().splitlines(keepends=True))))
+    first, second = read(STUDY, file, "functions", of="size").histories["several"]
+    assert len(first) == 0
+    assert second["loss"] == [3, 2, 1]
+
+
+def without_first_curve(line):
+    row = json.loads(line)
+    if row.get("part") == "functions" and row["seed"] == 0:
+        row["value"] = None
+    return json.dumps(row) + "\n"
+
+
 def test_a_second_call_runs_nothing(undisturbed):
     before = undisturbed.read_bytes()
     assert run_study(STUDY, undisturbed, workers=1) == 0
