@@ -389,7 +389,8 @@ def recorded(chapter: str, part: str | None = None, of: str | None = None) -> Re
     Parameters
     ----------
     part : one of the study's parts; may be left out where there is only one.
-    of : where each run measured several numbers, which of them. Its curves are in ``histories``.
+    of : where each run measured several numbers, which of them; arms that did not measure it are left out. Curves are
+        in ``histories``.
 
     Raises
     ------
@@ -410,6 +411,7 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
     jobs = list(final_jobs(replace(study, parts={part: declared_part}), book.rows))
     values, used = {arm: np.full(len(declared_part.seeds), np.nan) for arm in declared_part.arms}, []
     curves_of: dict[str, dict[int, History]] = {}
+    measured: dict[str, set[str]] = {}  # each number with the arms that have it
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in book.rows:
         rows.setdefault(_key(row), []).append(row)
@@ -421,11 +423,16 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
             curves = {name: curve for name, curve in value.items() if isinstance(curve, list)}
             if curves:
                 curves_of.setdefault(job.arm, {})[job.seed] = _history(curves)
-            numbers = [name for name in value if name not in curves]
-            if of not in numbers:
-                raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, numbers))}; choose one")
-            value = value[of]
+            for name in (name for name in value if name not in curves):
+                measured.setdefault(name, set()).add(job.arm)
+            value = value.get(of) if of not in curves else None
         values[job.arm][declared_part.seeds.index(job.seed)] = np.nan if value is None else value
+    if measured:
+        if of not in measured:
+            raise ValueError(f"of={of!r}: each run measured {', '.join(map(repr, measured))}; choose one")
+        # a student without a teacher agrees with nobody; an arm all of whose runs diverged has measured nothing
+        without = {job.arm for job, row in zip(jobs, used, strict=True) if isinstance(row["value"], dict)}
+        values = {arm: found for arm, found in values.items() if arm in measured[of] or arm not in without}
     # A run that diverged left no curves: an empty history keeps the others at the place of their seed
     histories = {arm: [found.get(seed, History()) for seed in declared_part.seeds] for arm, found in curves_of.items()}
     metric = "test accuracy" if of is None else of

@@ -71,7 +71,9 @@ def found_of(study: Study, name: str, file: Path) -> Found:
     """
     book, part = Book(file, read_only=True), study.parts[name]
     rows = [row for row in book.rows if row["part"] == name]
-    numbers = next((list(row["value"]) for row in rows if isinstance(row["value"], dict)), [])
+    several = [row["value"] for row in rows if isinstance(row["value"], dict)]
+    # not its curves, of which a table has no cell; in the order in which they are met
+    numbers = list(dict.fromkeys(name for value in several for name in value if not isinstance(value[name], list)))
     with warnings.catch_warnings():
         # A target that was never reached is an infinite number of steps
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -102,7 +104,11 @@ def numbers_table(found: Found) -> str:
     """A comparison of several numbers a run: a column each, or a row each where they are many."""
     comparisons = found.comparisons
     arms = list(next(iter(comparisons.values())).values)
-    cells = {(arm, of): number_cell(one, arm, arms[0]) for of, one in comparisons.items() for arm in arms}
+    cells = {
+        (arm, of): number_cell(one, arm, arms[0]) if arm in one.values else ""
+        for of, one in comparisons.items()
+        for arm in arms
+    }
     caption = next(iter(comparisons.values())).caption + f" The difference is that to {arms[0]}, paired by seed."
     if any(words.startswith("in ") for words in cells.values()):
         caption += " Where not every run has a number, only how many have it is shown."
@@ -117,7 +123,7 @@ def number_cell(comparison: Comparison, arm: str, first: str) -> str:
     if there < len(comparison.seeds):
         return f"in {there} of {len(comparison.seeds)} runs" if there else "in no run"
     words = shown(comparison.interval(arm), digits_of(comparison))
-    if arm == first or not np.isfinite(comparison.values[first]).all():
+    if arm == first or first not in comparison.values or not np.isfinite(comparison.values[first]).all():
         return words
     return clear(words, comparison.difference(arm, first))
 

@@ -17,7 +17,7 @@ from course_lib.lab import studies
 from course_lib.lab.experiments import mean_interval
 from course_lib.lab.studies import Book, Job, StudyOutdated, chosen, declared, read, repeat_first_epoch, run_study
 from course_lib.lab.training import evaluate, fit, fresh
-from tests.lab.small_study import RUNS, STUDY, a_batch_an_epoch, recipe
+from tests.lab.small_study import RUNS, STUDY, a_batch_an_epoch, recipe, several
 from tests.lab.test_training import blobs, network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +79,37 @@ def test_a_run_may_measure_several_numbers(undisturbed):
         read(STUDY, undisturbed, "functions")
     with pytest.raises(ValueError, match="part='other': the study has 'recipes', 'functions'"):
         read(STUDY, undisturbed, "other")
+
+
+def test_what_a_run_did_not_measure_is_not_a_number(tmp_path, undisturbed):
+    file = tmp_path / "study.jsonl"
+    file.write_text("".join(map(without_first_size, undisturbed.read_text().splitlines(keepends=True))))
+    values = read(STUDY, file, "functions", of="size").values["several"]
+    assert np.isnan(values[0])
+    assert values[1] == read(STUDY, undisturbed, "functions", of="size").values["several"][1]
+
+
+def test_an_arm_that_never_measured_it_is_left_out(tmp_path, undisturbed):
+    """A student without a teacher agrees with nobody."""
+    study = replace(
+        STUDY, parts={"functions": replace(STUDY.parts["functions"], arms={"several": several, "one": one})}
+    )
+    file = tmp_path / "study.jsonl"
+    run_study(study, file, workers=1)
+    assert read(study, file, "functions", of="size").values.keys() == {"several", "one"}
+    assert read(study, file, "functions", of="seed").values.keys() == {"several"}
+
+
+def one(data, seed):
+    """Fewer numbers than the other arm."""
+    return {"size": float(len(data.train))}
+
+
+def without_first_size(line):
+    row = json.loads(line)
+    if row.get("part") == "functions" and row["seed"] == 0:
+        del row["value"]["size"]
+    return json.dumps(row) + "\n"
 
 
 def test_what_a_run_measured_along_the_way_is_its_history(undisturbed):

@@ -100,15 +100,17 @@ def test_a_schedule_on_drawn_digits_is_repeated_anywhere(name, monkeypatch):
     assert again == pytest.approx(row["value"]["0.02"], abs=0.002)
 
 
-def test_a_regularized_run_on_drawn_digits_is_repeated_anywhere(monkeypatch):
+@pytest.mark.parametrize(
+    ("chapter", "part", "arm"), [("05", "digits", "label smoothing 0.7"), ("06", "search", "setting 15")]
+)
+def test_a_whole_run_on_drawn_digits_is_repeated_anywhere(chapter, part, arm, monkeypatch):
     monkeypatch.setenv("COURSE_DEVICE", "cpu")
-    book, arm = Book(study_file("05"), read_only=True), "label smoothing 0.7"
-    part = declared("05").parts["digits"]
-    data = part.data()
-    assert fingerprint(data) == book.sessions[-1]["data"]["digits"]
-    (row, *_) = (r for r in book.rows if r["part"] == "digits" and r["arm"] == arm)
+    book, declared_part = Book(study_file(chapter), read_only=True), declared(chapter).parts[part]
+    data = declared_part.data()
+    assert fingerprint(data) == book.sessions[-1]["data"][part]
+    (row, *_) = (r for r in book.rows if r["part"] == part and r["arm"] == arm)
     with one_thread():
-        again = part.arms[arm](data, row["seed"])
+        again = declared_part.arms[arm](data, row["seed"])
     assert again == {name: pytest.approx(value, rel=0.005, abs=0.005) for name, value in row["value"].items()}
 
 
