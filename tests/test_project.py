@@ -226,6 +226,14 @@ def test_code_fits_a_column_of_the_docs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_cell_is_empty(name: str) -> None:
+    empty = [
+        number for kind in ("code", "markdown") for number, cell in cells_of(name, kind) if not cell.source.strip()
+    ]
+    assert not empty
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_figures_are_sharp(name: str) -> None:
     """Stored at twice the size at which they are shown: the picture says so in its metadata."""
     wrong = []

@@ -83,7 +83,8 @@ def assistants(
     """Return trained networks, each the student of the one before; the first of ``teacher``, or of the labels alone.
 
     ``networks`` go from large to small: the last is the student, those between are the assistants. All are trained
-    by the same recipe, the first one here with ``seed``.
+    by the same recipe, the first one here with ``seed``. All come back frozen, the student too: to train it on, say
+    ``lab.thaw``.
 
     Raises
     ------

@@ -34,7 +34,7 @@ Net = nn.Module  # the same that comes in goes out
 def frozen(teacher: Net) -> Net:
     """Return the network itself, frozen: no gradients, and evaluation mode that ``train()`` does not end.
 
-    ``lab.thaw(teacher)`` lets it go again.
+    ``lab.thaw(teacher)`` lets it go again. A copy is frozen as well: thaw the copy that is to be pruned and trained on.
     """
     freeze(teacher)
     return teacher
