@@ -211,13 +211,14 @@ def branch_train_merge(
     *,
     seed: int,
     routing: Recipe | None = None,
+    progress: bool | None = None,
 ) -> Routed:
     """Return copies of a network, each trained on a part of the data alone, and a router learned for them.
 
     Branch: a copy for each part. Train: each by the recipe, without a word to the others. Merge: a linear router on
     the inputs, all zeros at first (each is asked alike), trained by ``routing`` (by default the recipe) on all parts
     together while the branches rest. The paper weighs its experts by the posterior of the domains; here the router
-    learns the weights from the task's own loss.
+    learns the weights from the task's own loss. ``progress`` is that of ``fit``.
 
     Raises
     ------
@@ -227,7 +228,7 @@ def branch_train_merge(
     experts = []
     for place, part in enumerate(parts):
         expert = copy.deepcopy(base).to(dtype=recipe.dtype)
-        fit(expert, part, recipe, seed=seed + SEEDS_APART * place)
+        fit(expert, part, recipe, seed=seed + SEEDS_APART * place, progress=progress)
         experts.append(expert)
     inputs = together.train.inputs
     assert isinstance(inputs, Tensor)
@@ -236,7 +237,7 @@ def branch_train_merge(
     nn.init.zeros_(router.weight)
     nn.init.zeros_(router.bias)
     routed = Routed(experts, router)
-    fit(routed, together, routing or recipe, seed=seed)
+    fit(routed, together, routing or recipe, seed=seed, progress=progress)
     return routed
 
 
