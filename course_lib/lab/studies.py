@@ -25,12 +25,14 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -442,7 +444,8 @@ def read(study: Study, file: Path, part: str | None = None, of: str | None = Non
 
 
 def _history(curves: Mapping[str, list[float]]) -> History:
-    rows = [dict(zip(curves, row, strict=True)) for row in zip(*curves.values(), strict=True)]
+    """One column a curve; where one is shorter than another, it ends in NaN."""
+    rows = [dict(zip(curves, row, strict=True)) for row in zip_longest(*curves.values(), fillvalue=math.nan)]
     return History(rows, epochs=int(rows[-1].get("epoch", len(rows))))
 
 

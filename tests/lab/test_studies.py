@@ -1,6 +1,7 @@
 """Recorded studies: run once, to a file that survives every kill, and believed only while the code is the same."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -127,6 +128,22 @@ def test_a_history_stands_at_the_place_of_its_seed(tmp_path, undisturbed):
     first, second = read(STUDY, file, "functions", of="size").histories["several"]
     assert len(first) == 0
     assert second["loss"] == [3, 2, 1]
+
+
+def test_a_shorter_curve_ends_in_nan(tmp_path, undisturbed):
+    file = tmp_path / "study.jsonl"
+    file.write_text("".join(map(with_shorter_loss, undisturbed.read_text().splitlines(keepends=True))))
+    history = read(STUDY, file, "functions", of="size").histories["several"][0]
+    assert history["loss"][:2] == [3, 2]
+    assert math.isnan(history["loss"][2])
+    assert history["epoch"] == [0.5, 1, 2]
+
+
+def with_shorter_loss(line):
+    row = json.loads(line)
+    if row.get("part") == "functions" and isinstance(row["value"], dict) and "loss" in row["value"]:
+        row["value"]["loss"].pop()
+    return json.dumps(row) + "\n"
 
 
 def without_first_curve(line):
