@@ -218,15 +218,18 @@ class FineTuned(NamedTuple):
     history: History
 
 
-def fine_tune(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int) -> FineTuned:
-    """Train a copy of the network, all of it, with a new head of ``seed`` for the data's classes."""
+def fine_tune(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, progress: bool | None = None) -> FineTuned:
+    """Train a copy of the network, all of it, with a new head of ``seed`` for the data's classes.
+
+    ``progress`` is that of ``fit``.
+    """
     start = _ready(model, recipe)
     network = with_head(start, len(data.classes), generator=torch.Generator().manual_seed(seed))
-    return FineTuned(network, fit(network, data, recipe, seed=seed))
+    return FineTuned(network, fit(network, data, recipe, seed=seed, progress=progress))
 
 
 def linear_probe_then_fine_tune(
-    model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, C: float = 1.0
+    model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, C: float = 1.0, progress: bool | None = None
 ) -> FineTuned:
     """Train a copy of the network, all of it, with a ``probe`` of the training split for its first head (LP-FT).
 
@@ -239,7 +242,7 @@ def linear_probe_then_fine_tune(
     """
     start = _ready(model, recipe)
     network = with_probe(start, probe(features(start, data.train), data.train.labels, C=C))
-    return FineTuned(network, fit(network, data, recipe, seed=seed))
+    return FineTuned(network, fit(network, data, recipe, seed=seed, progress=progress))
 
 
 def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
