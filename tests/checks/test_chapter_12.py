@@ -445,4 +445,4 @@ def what_is_seen(t, ways):
 @pytest.mark.parametrize("exercise", ASKED)
 def test_the_printed_solutions_pass(exercise):
     names = {"copy": copy, "math": math, "np": np, "torch": torch, "nn": nn, "F": F, "partial": partial, "mlp": mlp}
-    checking.assert_printed_solution_passes(NOTEBOOK, exercise, **names, merging=merging, load=load)
+    checking.assert_printed_solution_passes(NOTEBOOK, exercise, **names, mg=merging, load=load)
