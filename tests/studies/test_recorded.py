@@ -102,7 +102,7 @@ def test_a_schedule_on_drawn_digits_is_repeated_anywhere(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("chapter", "part", "arm"),
-    [("05", "digits", "label smoothing 0.7"), ("06", "search", "setting 15"), ("09", "map", "T 4, mix 0.9")],
+    [("05", "digits", "label smoothing 0.7"), ("06", "search", "setting 5"), ("09", "map", "T 4, mix 0.9")],
 )
 def test_a_whole_run_on_drawn_digits_is_repeated_anywhere(chapter, part, arm, monkeypatch):
     monkeypatch.setenv("COURSE_DEVICE", "cpu")
