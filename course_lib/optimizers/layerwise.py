@@ -128,10 +128,13 @@ def shape_factor(shape: torch.Size, adjust_lr_fn: str | None) -> float:
 class Muon(Method):
     """Momentum, orthogonalised, for the matrices inside a network. Arguments as `torch.optim.Muon`.
 
-    Takes 2-dimensional parameters only. Give biases, gains, embeddings and the last layer to AdamW.
+    Takes 2-dimensional parameters only. Give biases, gains, embeddings and the last layer to AdamW. The
+    attribute ``dtype``, which torch does not have, is that of the orthogonalisation: processors round bfloat16
+    differently.
     """
 
     sees_whole_tensors = True
+    dtype: torch.dtype = torch.bfloat16
 
     def __init__(
         self,
@@ -173,6 +176,7 @@ class Muon(Method):
             steps=group["ns_steps"],
             coefficients=group["ns_coefficients"],
             eps=group["eps"],
+            dtype=self.dtype,
         )
 
 
