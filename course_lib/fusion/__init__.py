@@ -49,9 +49,9 @@ modality_dropout, Missing       inputs that are not there                 Nevero
 an ensemble loses is what its members lose on average less how far they differ, so it is never worse than its average
 member; it costs as many passes as it has members.
 
-Four other techniques are built on, each for something that stands there already and would else be written twice:
-chapter 9's ``Ensemble`` and ``WithExits``, chapter 5's measures of calibration and its dropout, chapter 3's cosine with
-restarts, chapter 1's folds.
+Five other techniques are built on, each for something that stands there already and would else be written twice:
+chapter 13's ``probe``, chapter 9's ``Ensemble`` and ``WithExits``, chapter 5's measures of calibration and its dropout,
+chapter 3's cosine with restarts, chapter 1's folds.
 """
 
 from course_lib.fusion.answers import (
@@ -155,9 +155,7 @@ from course_lib.fusion.shared import (
     mimo_loss,
 )
 from course_lib.fusion.stacking import (
-    Logistic,
     Stacked,
-    fit_logistic,
     out_of_fold,
     side_by_side,
     stacking,
@@ -203,7 +201,6 @@ __all__ = [
     "Gated",
     "IntermediateFusion",
     "LateFusion",
-    "Logistic",
     "Masked",
     "Members",
     "Missing",
@@ -244,7 +241,6 @@ __all__ = [
     "exit_logits",
     "expected_flops",
     "fast_geometric",
-    "fit_logistic",
     "fit_vector",
     "fit_weights",
     "geometric_ambiguity",

@@ -21,13 +21,13 @@ They take logits or log-probabilities ``[N, K]``, so also what members say toget
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_lib.fusion._solving import least
 from course_lib.fusion.answers import check_labels, exact
 from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Split
@@ -89,7 +89,30 @@ def fit_vector(logits: Tensor, labels: Tensor, *, strength: float = 1e-6) -> Vec
         return F.cross_entropy(a * z + b, labels) + strength * ((a - 1).square().sum() + b.square().sum())
 
     ones = torch.ones_like(z[0])
-    return Vector(*least(loss, [ones, torch.zeros_like(ones)]))
+    return Vector(*_least(loss, [ones, torch.zeros_like(ones)]))
+
+
+def _least(loss: Callable[..., Tensor], start: Sequence[Tensor], *, steps: int = 200) -> list[Tensor]:
+    """Return where ``loss(*numbers)`` is least, from ``start``, in float64: L-BFGS with a line search."""
+    numbers = [each.detach().double().clone().requires_grad_() for each in start]
+    solver = torch.optim.LBFGS(
+        numbers,
+        max_iter=steps,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        found = loss(*numbers)
+        found.backward()
+        return found
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return [each.detach() for each in numbers]
 
 
 class VectorScaled(nn.Module):

@@ -42,10 +42,10 @@ from course_lib.lab.models import thaw
 from course_lib.lab.stepping import after_each_step
 from course_lib.lab.training import Objective, Recipe, cross_entropy
 from course_lib.merging.averaging import refresh_batch_norm
-from course_lib.merging.states import batch_norms, check_not_negative, check_positive, doubled
+from course_lib.merging.states import batch_norms, check_not_negative, check_positive, doubled, home
 from course_lib.regularization.passes import unseen
 from course_lib.schedules.by_layer import NORMS
-from course_lib.transfer.parts import Pool, Wrapped, drawn_from, embedding, head_of, home, loss_and_embedding
+from course_lib.transfer.parts import Pool, Wrapped, drawn_from, embedding, head_of, loss_and_embedding
 from course_lib.transfer.tuning import features, probe
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from course_lib.lab.arguments import at_least
 from course_lib.lab.models import EncoderBlock, ViT, freeze, thaw
-from course_lib.merging.states import check_positive
-from course_lib.transfer.parts import drawn_from, head_name, head_of, home
+from course_lib.merging.states import check_positive, home
+from course_lib.transfer.parts import drawn_from, head_name, head_of
 
 
 def _frozen_but_head(model: nn.Module) -> nn.Module:

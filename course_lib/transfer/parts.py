@@ -79,14 +79,6 @@ def head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
-def home(model: nn.Module) -> Tensor:
-    """A tensor on the network's device and of its type."""
-    for value in (*model.parameters(), *model.buffers()):
-        if value.is_floating_point():
-            return value
-    return torch.zeros(())
-
-
 # --- Layers and what they give ----------------------------------------------------------------------------------------
 
 

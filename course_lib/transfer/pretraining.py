@@ -32,8 +32,8 @@ from course_lib.lab.models import EncoderBlock, ViT
 from course_lib.lab.stepping import after_each_step
 from course_lib.lab.training import Recipe
 from course_lib.merging.averaging import ema_update
-from course_lib.merging.states import check_positive
-from course_lib.transfer.parts import Wrapped, drawn_from, embedding, head_of, home, own_generator
+from course_lib.merging.states import check_positive, home
+from course_lib.transfer.parts import Wrapped, drawn_from, embedding, head_of, own_generator
 
 View = Callable[[Tensor, torch.Generator], Tensor]
 """``(x, generator) -> x``, as ``Recipe.augment``: another view of each image of a batch."""

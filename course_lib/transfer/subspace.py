@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.lab.arguments import at_least, is_number, require
-from course_lib.transfer.parts import home
+from course_lib.merging.states import home
 
 # --- Projections ------------------------------------------------------------------------------------------------------
 

@@ -39,9 +39,17 @@ from course_lib.lab.data import Dataset, Split, batches
 from course_lib.lab.models import freeze, thaw
 from course_lib.lab.runtime import device
 from course_lib.lab.training import History, Inputs, Objective, Recipe, cross_entropy, fit
-from course_lib.merging.states import State, check_not_negative, check_positive, doubled, in_evaluation, parameters_of
+from course_lib.merging.states import (
+    State,
+    check_not_negative,
+    check_positive,
+    doubled,
+    home,
+    in_evaluation,
+    parameters_of,
+)
 from course_lib.schedules.by_layer import ULMFIT_DECAY, layers_by_depth, layerwise_factors, with_layer_rates
-from course_lib.transfer.parts import EMBEDDING, drawn_from, head_name, head_of, home, layer_names, pooled, tapped
+from course_lib.transfer.parts import EMBEDDING, drawn_from, head_name, head_of, layer_names, pooled, tapped
 
 # --- The last layer ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +136,7 @@ class Probe:
         return (self.logits(x).argmax(1) == labels.to(x.device)).double().mean().item()
 
 
-def probe(x: Tensor, labels: Tensor, *, C: float = 1.0, steps: int = 1000) -> Probe:
+def probe(x: Tensor, labels: Tensor, *, C: float = 1.0, classes: int | None = None, steps: int = 1000) -> Probe:
     r"""Return the logistic regression of labels ``[N]`` on features ``[N, D]``.
 
     .. math:: \min_{W,b}\;C\sum_i-\log\text{softmax}(Wx_i+b)_{y_i}+\tfrac12\|W\|^2
@@ -140,19 +148,24 @@ def probe(x: Tensor, labels: Tensor, *, C: float = 1.0, steps: int = 1000) -> Pr
     Parameters
     ----------
     C : the inverse strength of the penalty, as in scikit-learn.
+    classes : how many there are; by default as many as it takes for the largest label.
     steps : iterations at most; it stops when the gradient has vanished.
 
     Raises
     ------
-    ValueError : the features are no matrix, the labels not int64 ``[N]``, ``C`` is not above 0, or ``steps`` below 1.
+    ValueError : the features are no matrix, the labels not int64 ``[N]`` below ``classes``, ``C`` is not above 0, or
+        ``steps`` below 1.
     """
     check_positive(C=C)
     at_least(1, steps=steps)
     require("x", list(x.shape), lambda shape: len(shape) == 2 and shape[0] > 0, "features [N, D], N > 0")
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1] or int(labels.min()) < 0:
         raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: must be int64 [{len(x)}] of at least 0")
+    largest = int(labels.max())
+    classes = largest + 1 if classes is None else classes
+    require("classes", classes, lambda k: k > largest, f"above the largest label, {largest}")
     x, labels = doubled(x.detach()), labels.to(x.device)
-    count, classes, penalty = len(x), int(labels.max()) + 1, 1 / (C * len(x))
+    count, penalty = len(x), 1 / (C * len(x))
     # Along the axes of the features' covariance, each about as curved as any other, L-BFGS needs tens of steps and not
     # thousands. The bias takes up the mean, so that the solution is the same.
     middle = x.mean(0)

@@ -15,6 +15,7 @@ from course_lib import fusion
 from course_lib.fusion.stacking import side_by_side
 from course_lib.lab.training import fit, fresh, logits_of
 from course_lib.preprocessing.wrong_labels import fold_numbers
+from course_lib.transfer.tuning import probe
 from tests.fusion.small import EXACT, NETWORKS, answers, close, data, generator, same_weights
 from tests.fusion.test_voting import Told
 
@@ -39,7 +40,7 @@ def test_answers_come_from_networks_that_learned_other_folds() -> None:
 def test_the_learner_on_top_is_sklearns(C: float) -> None:
     logits, labels = answers(2, 80)
     features = side_by_side(logits.softmax(2))
-    found = fusion.fit_logistic(features, labels, 4, C=C)
+    found = probe(features, labels, C=C, classes=4)
     theirs = LogisticRegression(C=C, tol=1e-12, max_iter=10_000).fit(features.numpy(), labels.numpy())
     said = (features @ found.weight.T + found.bias).softmax(1)
     close(said, torch.from_numpy(theirs.predict_proba(features.numpy())), 1e-5)
@@ -52,7 +53,7 @@ def test_stacking_is_sklearns_on_the_same_answers() -> None:
     told = [(f"m{k}", Told(each.numpy()).fit(None, labels.numpy())) for k, each in enumerate(q)]
     top = LogisticRegression(tol=1e-12, max_iter=10_000)
     theirs = StackingClassifier(told, final_estimator=top, cv="prefit").fit(np.zeros((80, 1)), labels.numpy())
-    head = fusion.fit_logistic(side_by_side(q), labels, 4)
+    head = probe(side_by_side(q), labels, classes=4)
 
     class Says(torch.nn.Module):
         def __init__(self, logits: torch.Tensor) -> None:
@@ -71,7 +72,7 @@ def test_all_of_it() -> None:
     kinds = [NETWORKS["mlp"], NETWORKS["convnet"]]
     found = fusion.stacking(kinds, SMALL, RECIPE, folds=2, seed=5, generator=generator(1))
     said = fusion.out_of_fold(kinds, SMALL, RECIPE, folds=2, seed=5, generator=generator(1))
-    head = fusion.fit_logistic(side_by_side(said), SMALL.train.labels, 4)
+    head = probe(side_by_side(said), SMALL.train.labels, classes=4)
     model = fresh(kinds[1], RECIPE, seed=1005)
     fit(model, SMALL, RECIPE, seed=1005)
     same_weights(found.networks[1], model)
@@ -85,9 +86,8 @@ def test_all_of_it() -> None:
     [
         (lambda: fusion.out_of_fold([], SMALL, RECIPE, seed=0, generator=generator()), "networks="),
         (lambda: fusion.out_of_fold([NETWORKS["mlp"]], SMALL, RECIPE, folds=1, seed=0, generator=generator()), "folds"),
-        (lambda: fusion.fit_logistic(torch.rand(3, 2), torch.tensor([0, 1, 2]), 2), "labels="),
-        (lambda: fusion.fit_logistic(torch.rand(3), torch.tensor([0, 1, 2]), 3), "features="),
-        (lambda: fusion.fit_logistic(torch.rand(3, 2), torch.tensor([0, 1, 2]), 3, C=0.0), "C="),
+        (lambda: probe(torch.rand(3, 2), torch.tensor([0, 1, 2]), classes=2), "classes=2"),
+        (lambda: fusion.stacking([NETWORKS["mlp"]], SMALL, RECIPE, C=0.0, seed=0, generator=generator()), "C="),
     ],
 )
 def test_bad_arguments_are_named(call: object, named: str) -> None:

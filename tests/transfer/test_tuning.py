@@ -124,6 +124,15 @@ def test_of_two_classes_scikit_learns_penalty_is_half() -> None:
     close(found.weight[1] - found.weight[0], torch.from_numpy(theirs.coef_[0]), 2e-5)
 
 
+def test_a_probe_has_a_row_for_a_class_without_examples() -> None:
+    x, labels = normal(3, 40, 5), torch.arange(40) % 2
+    found = transfer.probe(x, labels, classes=3)
+    assert found.weight.shape == (3, 5)
+    assert (found.logits(x).argmax(1) != 2).all()
+    with pytest.raises(ValueError, match="classes=1: must be above the largest label, 1"):
+        transfer.probe(x, labels, classes=1)
+
+
 def test_a_probe_of_float32_features_is_solved_in_float64() -> None:
     x, labels = normal(40, 3), torch.arange(40) % 3
     close(transfer.probe(x.float(), labels).weight, transfer.probe(x.float().double(), labels).weight, 0)
