@@ -125,7 +125,7 @@ def test_of_two_classes_scikit_learns_penalty_is_half() -> None:
 
 
 def test_a_probe_has_a_row_for_a_class_without_examples() -> None:
-    x, labels = normal(3, 40, 5), torch.arange(40) % 2
+    x, labels = normal(40, 5, seed=3), torch.arange(40) % 2
     found = transfer.probe(x, labels, classes=3)
     assert found.weight.shape == (3, 5)
     assert (found.logits(x).argmax(1) != 2).all()
