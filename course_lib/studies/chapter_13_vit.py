@@ -86,7 +86,8 @@ def numbers(whole: Dataset, seed: int, *, each: int) -> dict[str, float]:
             return fresh(network, first, seed=seed + APART)
         return WAYS[name][0](thaw(transfer.with_head(source, 10, generator=generator)), generator)
 
-    for name, rates in {name: rates for name, (_, rates) in WAYS.items()} | {"from scratch": RATES}.items():
+    tried = {name: rates for name, (_, rates) in WAYS.items()} | {"from scratch": RATES}
+    for name, rates in tried.items():
         best = -1.0
         for lr in rates:
             model = made(name, seed)
