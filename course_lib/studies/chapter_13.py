@@ -7,8 +7,8 @@ the 500 validation images of the target, for each number of labels anew. Each se
 own labels. Float32.
 
 "labels": what a source network brings, and how much of it may move. "sources": what else one can train on, most of it
-without a label; the classes of "labels", too. "domains" is in ``chapter_13_domains.py``, "numbers" in
-``chapter_13_vit.py``.
+without a label; the classes of "labels", too. "domains" is in ``chapter_13_domains.py``, "numbers" and
+"handwriting" in ``chapter_13_vit.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -284,5 +284,6 @@ STUDY = Study(
         ),
         "domains": Part("Drawn digits with labels, real ones without", domains.real, domains.arms(), SEEDS),
         "numbers": Part("How few numbers of a transformer have to train", domains.real, few_numbers.arms(), SEEDS),
+        "handwriting": Part("Who needs a source", few_numbers.handwritten, few_numbers.kinds(), SEEDS),
     },
 )
