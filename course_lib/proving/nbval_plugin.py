@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from course_lib.proving.agreement import TOLERANCE, html_differences, html_pictures, shorten, text_differences
 from course_lib.proving.figures import FIGURE_MIME, differences
-from course_lib.proving.leftovers import Traces
+from course_lib.proving.leftovers import WITHOUT_WEIGHTS, Traces
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
@@ -255,6 +255,7 @@ def kernel_environment(environ: Mapping[str, str]) -> dict[str, str | None]:
         "COURSE_PROFILE": None,  # the stored outputs are those of the quick profile,
         "COURSE_DEVICE": environ.get("COURSE_DEVICE", "cpu"),  # on the CPU unless the user asks otherwise,
         "MPLBACKEND": None,  # shown inline
+        **WITHOUT_WEIGHTS,
         "PYTHONPATH": os.pathsep.join(
             filter(None, (str(Path(__file__).parents[2]), environ.get("PYTHONPATH")))
         ),  # course_lib is found without being installed

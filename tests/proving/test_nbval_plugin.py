@@ -147,6 +147,7 @@ def test_the_kernels_environment() -> None:
     alone = kernel_environment({"COURSE_PROFILE": "full"})
     assert (alone["COURSE_VALIDATING"], alone["COURSE_PROGRESS"], alone["COURSE_DEVICE"]) == ("1", "off", "cpu")
     assert alone["COURSE_PROFILE"] is None
+    assert not Path(alone["TORCH_HOME"]).exists()  # whoever has pretrained weights is shown what all others are
     assert "OMP_NUM_THREADS" not in alone
     shared = kernel_environment({"PYTEST_XDIST_WORKER_COUNT": "1000", "MKL_NUM_THREADS": "3"})
     assert shared["OMP_NUM_THREADS"] == "1"
