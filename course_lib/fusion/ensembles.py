@@ -47,7 +47,7 @@ from course_lib.lab.training import Recipe, fit, fresh
 from course_lib.schedules.shapes import cosine_restarts, schedule
 
 Factory = Callable[[], nn.Module]
-SEEDS_APART = 1_000
+SEEDS_APART = 100  # ``fit`` takes seeds up to 4294: 40 members and more have room
 """Members take seeds this far apart, so that the ensembles of seeds 0, 1, 2, … have no member in common."""
 
 
@@ -90,7 +90,7 @@ class Members(Ensemble):
 
 
 def member_seeds(members: int, seed: int) -> list[int]:
-    """Return the seeds of an ensemble's members: ``seed``, ``seed + 1000``, …"""
+    """Return the seeds of an ensemble's members: ``seed``, ``seed + 100``, …"""
     at_least(1, members=members)
     return [seed + SEEDS_APART * place for place in range(members)]
 

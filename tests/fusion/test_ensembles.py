@@ -47,7 +47,7 @@ def test_members_are_the_ensemble_of_distillation_and_more() -> None:
 def test_members_of_a_deep_ensemble_are_runs_of_their_own() -> None:
     found = fusion.deep_ensemble(MLP, SMALL, EXACT, members=2, seed=3)
     at_once = fusion.deep_ensemble_at_once(MLP, SMALL, EXACT, members=2, seed=3)
-    for place, seed in enumerate((3, 1003)):
+    for place, seed in enumerate((3, 103)):
         model = fresh(MLP, EXACT, seed=seed)
         fit(model, SMALL, EXACT, seed=seed)
         same_weights(found.networks[place], model)

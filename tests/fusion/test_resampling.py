@@ -37,8 +37,8 @@ def test_bootstrap_rows_are_those_of_chapter_5() -> None:
 def test_bagged_members_learn_their_samples() -> None:
     found = fusion.bagging(MLP, SMALL, EXACT, members=2, seed=4, generator=generator(3))
     assert torch.equal(found.rows, fusion.bootstrap_rows(40, 2, generator(3)))
-    model = fresh(MLP, EXACT, seed=1004)
-    fit(model, replace(SMALL, train=SMALL.train.subset(found.rows[1])), EXACT, seed=1004)
+    model = fresh(MLP, EXACT, seed=104)
+    fit(model, replace(SMALL, train=SMALL.train.subset(found.rows[1])), EXACT, seed=104)
     same_weights(found.members.networks[1], model)
     log_q = fusion.out_of_bag(fusion.members_logits([*found.members.networks], SMALL.train), found.rows)
     judged = ~log_q.isnan().any(1)
