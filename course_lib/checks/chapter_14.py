@@ -362,7 +362,7 @@ exercise_3 = Method(
 # Ada's members are 15 to 19 points below what they say, Cleo's 13 to 17, Dan's 7 to 9 above, Ben's right on it; the
 # mean is 14 to 18 above Ada's members, 7 to 15 above Ben's, 1 above Cleo's and 6 to 14 above Dan's.
 exercise_4 = Reading(
-    "Calibrated members, and their mean is not? A figure to read",
+    "Four reliability diagrams: a figure to read",
     right=("Ben", "c"),
     choices={
         "Ada": "Ada's members say more than they know: nobody calibrated them. Their mean, which is less sure than "
