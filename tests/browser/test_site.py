@@ -100,15 +100,24 @@ def test_formulas_are_drawn_with_their_fonts(open_page: Any) -> None:
 def test_the_explorer_moves(open_page: Any, name: str) -> None:
     page = open_page(name)
     page.locator("figure.explorer").first.scroll_into_view_if_needed()
-    control = page.locator("figure.explorer input[type=range]").first
-    control.wait_for()
+    page.locator("figure.explorer :is(input[type=range], select)").first.wait_for()
     picture = page.locator("figure.explorer svg").first
     picture.wait_for()
-    before, said = picture.inner_html(), control.get_attribute("aria-valuetext")
-    control.focus()
-    page.keyboard.press("End" if control.input_value() == "0" else "Home")
+    before, sliders = picture.inner_html(), page.locator("figure.explorer input[type=range]")
+    if sliders.count():
+        control = sliders.first
+        said = control.get_attribute("aria-valuetext")
+        control.focus()
+        page.keyboard.press("End" if control.input_value() == "0" else "Home")
+    else:  # choices alone
+        control = page.locator("figure.explorer select").first
+        others = control.evaluate(
+            "select => [...select.options].map((_, k) => k).filter(k => k !== select.selectedIndex)"
+        )
+        control.select_option(index=others[0])
     page.wait_for_function("before => document.querySelector('figure.explorer svg').innerHTML !== before", arg=before)
-    assert control.get_attribute("aria-valuetext") != said
+    if sliders.count():
+        assert control.get_attribute("aria-valuetext") != said
     assert picture.get_attribute("aria-label")
 
 
