@@ -12,3 +12,9 @@
 
 A learner needs none of it: the laboratory registers ``figures``; the rest is for ``make test`` and ``make run``.
 """
+
+import tempfile
+from pathlib import Path
+
+WITHOUT_WEIGHTS = {"TORCH_HOME": str(Path(tempfile.gettempdir()) / "no-pretrained-weights-here")}
+"""For kernels: a cache of torch.hub that is not there. Who has pretrained weights is shown what all others are."""

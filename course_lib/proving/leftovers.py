@@ -20,8 +20,6 @@ import psutil
 
 MARK = "COURSE_TRACES"
 CACHES = ("torchinductor_",)  # torch keeps what it compiled for the next run, on purpose
-WITHOUT_WEIGHTS = {"TORCH_HOME": str(Path(tempfile.gettempdir()) / "no-pretrained-weights-here")}
-"""A cache of torch.hub that is not there: who has pretrained weights is shown in notebooks what all others are."""
 PATIENCE = 5.0  # seconds for processes that are about to end: a parent's helpers notice only then that it has gone
 
 

@@ -30,9 +30,10 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 from PIL import Image, UnidentifiedImageError
 
+from course_lib.proving import WITHOUT_WEIGHTS
 from course_lib.proving.agreement import TOLERANCE, html_differences, html_pictures, shorten, text_differences
 from course_lib.proving.figures import FIGURE_MIME, differences
-from course_lib.proving.leftovers import WITHOUT_WEIGHTS, Traces
+from course_lib.proving.leftovers import Traces
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"

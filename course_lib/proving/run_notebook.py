@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from course_lib.lab.runtime import checkout, usable_cores
-from course_lib.proving.leftovers import WITHOUT_WEIGHTS
+from course_lib.proving import WITHOUT_WEIGHTS
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}

@@ -146,7 +146,7 @@ def by_data(data: Dataset, seed: int) -> dict[str, float]:
 
 
 def by_architecture(data: Dataset, seed: int) -> dict[str, float]:
-    """Two residual networks, one without short cuts, one deeper and narrower."""
+    """A residual network, one without short cuts, one deeper and narrower, and a perceptron."""
     kinds: list[Callable[[], nn.Module]] = [
         partial(network, WIDTH),
         partial(convnet, SHAPE, 10, width=WIDTH),
@@ -163,7 +163,7 @@ def by_augmentation(data: Dataset, seed: int) -> dict[str, float]:
 
 
 def by_order(data: Dataset, seed: int) -> dict[str, float]:
-    """The same first weights, other orders of the batches."""
+    """The same first weights; other orders of the batches, and other flips and shifts."""
     recipe = sgd(EPOCHS)
     seeds, networks = fusion.member_seeds(MEMBERS, seed), list[nn.Module]()
     for own in seeds:
@@ -181,7 +181,7 @@ def by_snapshots(data: Dataset, seed: int) -> dict[str, float]:
 
 
 def by_geometry(data: Dataset, seed: int) -> dict[str, float]:
-    """Short cycles around a trained network."""
+    """Short cycles around a trained network: nine epochs in all."""
     recipe = sgd(EPOCHS - MEMBERS + 1)
     model = fresh(partial(network, WIDTH), recipe, seed=seed)
     fit(model, data, recipe, seed=seed, progress=False)

@@ -121,9 +121,8 @@ def what_is_left(learners, top, x, y, new, folds):
     return judge(torch.stack([member(new) for member in members], dim=1))
 
 
-def folds_in_one_piece(learners, top, x, y, new, folds):
-    """Contiguous folds, joined in their order."""
-    rows = torch.arange(len(x)).chunk(folds)
+def by_parts(rows, learners, top, x, y, new):
+    """A stack by these parts of the rows, whose answers are joined in the parts' order."""
 
     def by(learn):
         rest = [torch.cat([each for each in rows if each is not held]) for held in rows]
@@ -131,6 +130,11 @@ def folds_in_one_piece(learners, top, x, y, new, folds):
 
     judge = top(torch.stack([by(learn) for learn in learners], dim=1), y)
     return judge(torch.stack([learn(x, y)(new) for learn in learners], dim=1))
+
+
+def folds_in_one_piece(learners, top, x, y, new, folds):
+    """Contiguous folds, joined in their order."""
+    return by_parts(torch.arange(len(x)).chunk(folds), learners, top, x, y, new)
 
 
 def shuffled_folds(learners, top, x, y, new, folds):
@@ -309,14 +313,7 @@ def stacked_with(learn=lambda learn, x, y: learn(x, y), top=lambda top, said, y:
 
 def shuffled_and_joined(learners, top, x, y, new, folds):
     """Folds drawn at random and joined, against targets that are not."""
-    rows = torch.randperm(len(x)).chunk(folds)
-
-    def by(learn):
-        rest = [torch.cat([each for each in rows if each is not held]) for held in rows]
-        return torch.cat([learn(x[r], y[r])(x[held]) for held, r in zip(rows, rest, strict=True)])
-
-    judge = top(torch.stack([by(learn) for learn in learners], dim=1), y)
-    return judge(torch.stack([learn(x, y)(new) for learn in learners], dim=1))
+    return by_parts(torch.randperm(len(x)).chunk(folds), learners, top, x, y, new)
 
 
 def a_mean_of_the_folds_members(learners, top, x, y, new, folds):
