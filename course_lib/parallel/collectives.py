@@ -68,10 +68,18 @@ def send(tensor: Tensor, to: int) -> None:
         _count_sent(tensor)
 
 
-def receive(tensor: Tensor, source: int) -> None:
+def start_sending(tensor: Tensor, to: int, group: dist.ProcessGroup | None = None) -> dist.Work | None:
+    """Send a tensor to a rank without waiting until it has arrived; it must not change before ``wait`` returns."""
+    if not tensor.numel():
+        return None
+    _count_sent(tensor)
+    return dist.isend(tensor, to, group=group)
+
+
+def receive(tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
     """Receive into a tensor from a rank."""
     if tensor.numel():
-        dist.recv(tensor, source)
+        dist.recv(tensor, source, group=group)
         _count_received(tensor)
 
 
