@@ -27,6 +27,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import struct
 import sys
 import sysconfig
 import textwrap
@@ -117,6 +118,10 @@ class _Digest:
                 return self._of_function(value)
             case property():
                 return _hash("property", *(self.of(f) for f in (value.fget, value.fset, value.fdel)))
+            case functools.cached_property():  # it holds a lock, too
+                return _hash("cached property", self.of(value.func))
+            case struct.Struct():
+                return _hash("struct", value.format)
             case staticmethod() | classmethod():
                 return _hash(type(value).__name__, self.of(value.__func__))
             case types.ModuleType():

@@ -22,9 +22,10 @@ The letters of the papers: :math:`L` layers of width :math:`h` with :math:`a` he
 :math:`d` data-parallel pipelines of :math:`p` stages, each of :math:`t` workers, and :math:`v` chunks of layers on
 each. Everywhere: bytes, seconds, operations a second.
 
-All this is a model of a dozen lines that fit on a page. Of the published steps on A100s it predicts half to some 4
-percent, and all to 20 (``compare_with_published``): good enough to see which plans are hopeless, and why; not which of
-two good ones wins.
+All this is a model of a dozen lines that fit on a page. With one figure fitted to them (``EFFICIENCY``), half of the
+published steps on A100s come out to some 4 percent, and all to 20; those on H100s, to which nothing was fitted, are
+overestimated by a quarter to a third (``compare_with_published``). That is good enough to see which plans are
+hopeless, and why; not which of two good ones wins.
 """
 
 from __future__ import annotations

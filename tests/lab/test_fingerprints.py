@@ -1,6 +1,8 @@
 """A fingerprint changes with what a run depends on, and with nothing else."""
 
+import functools
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -38,6 +40,19 @@ def closing_over(value):
         return x * value
 
     return inner
+
+
+class WithCached:
+    """Its class holds a lock, and a Struct."""
+
+    LAYOUT = struct.Struct("<4sI")
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    @functools.cached_property
+    def doubled(self):
+        return 2 * self.rate
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ ALIKE = {
     "a recipe": lambda: Recipe(optimizer=partial(optimizers.Adam, lr=0.1), objective=closing_over(network())),
     "a closure": lambda: closing_over(3.0),
     "an object": lambda: Rule(0.1),
+    "a class with a cached property and a layout of bytes": lambda: WithCached(0.1),
     "a dataclass": Settings,
     "a method": lambda: Rule(0.1).step,
     "a data set": lambda: load("digits", train_size=50),
@@ -105,6 +121,8 @@ DIFFERENT = {
     "closed-over weights": (closing_over(network(seed=0)), closing_over(network(seed=1))),
     "settings of a partial": (partial(optimizers.Adam, lr=0.1), partial(optimizers.Adam, lr=0.2)),
     "classes": (Rule(0.1), Other(0.1)),
+    "layouts of bytes": (struct.Struct("<4sI"), struct.Struct("<8sI")),
+    "what a cached property computes": (functools.cached_property(lambda _: 1), functools.cached_property(lambda _: 2)),
     "optimizers": (optimizers.Adam, optimizers.AdamW),
     "functions of a library": (torch.relu, torch.tanh),
     "a wrapped function": (torch.no_grad()(closing_over(1.0)), torch.no_grad()(closing_over(2.0))),

@@ -106,6 +106,7 @@ def test_published_figures_agree_with_one_another() -> None:
         assert run.batch * run.job.tokens == 2**24
     assert [run.data for run in MEGATRON_2021] == [32, 32, 32, 32, 32, 32, 24, 15, 9, 6]
     assert [run.data for run in LLAMA] == [64, 128]
+    assert [run.batch for run in MEGATRON_2021] == [512, 512, 512, 1024, 1536, 1792, 2304, 2160, 2520, 3072]
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
