@@ -180,7 +180,7 @@ class CompressedFile:
     data: bytes
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """How many they are."""
         return len(self.data)
 
@@ -220,7 +220,7 @@ class CompressedFile:
         """
         parts = self._parts()
         frame = pd.DataFrame([part.row() for part in parts], index=[part.name for part in parts])
-        rest = self.bytes - int(frame["huffman"].sum())
+        rest = self.size - int(frame["huffman"].sum())
         frame.loc["header"] = dict.fromkeys(frame.columns, 0) | dict.fromkeys(("fixed", "huffman", "entropy"), rest)
         frame.loc["total"] = frame.sum()
         return frame

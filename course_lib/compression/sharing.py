@@ -226,7 +226,7 @@ class SharedWeight(nn.Module):
         self.values = values
 
     def forward(self, codebook: Tensor) -> Tensor:
-        """Return the weight, ``[K] -> `` the shape of the codes."""
+        """Return the weight, in the shape of the codes, from values ``[K]``."""
         return looked_up(codebook, self.codes)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

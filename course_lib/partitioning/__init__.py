@@ -17,7 +17,7 @@ WithExits, answer_early     easy examples leave early                         Te
                                                                               arXiv:1709.01686
 OffloadedSequential, …      what is not needed now lies far away              Rhu et al. 2016, arXiv:1602.08124;
                                                                               Ren et al. 2021, arXiv:2101.06840
-plans, compare_with_…       which degrees, for thousands of workers           Narayanan et al. 2021
+plans, best_plan           which degrees, for thousands of workers           Narayanan et al. 2021
 measure_partitions          one job by each way: seconds and bytes            –
 ==========================  ================================================  ==========================================
 

@@ -81,7 +81,7 @@ class Communication:
     sent: Counter[str] = field(default_factory=Counter)
 
     @property
-    def bytes(self) -> int:
+    def total(self) -> int:
         """Bytes of all kinds together."""
         return sum(self.sent.values())
 

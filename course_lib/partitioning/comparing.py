@@ -111,7 +111,7 @@ def _measured(number: int, job: Job, world: World, repeats: int) -> list[dict[st
         dist.barrier()
         if turn:  # the first opens connections, and allocates
             seconds[name].append(time.perf_counter() - started)
-        sent[name] = messages.bytes_sent + collectives.bytes
+        sent[name] = messages.bytes_sent + collectives.total
     sent["data"] = round(ring_bytes(FLOAT * job.parameters, world.size))  # torch's all-reduce does not count
     return [
         {"job": number, "way": name, "seconds": statistics.median(times), "sent": sent[name]}

@@ -95,8 +95,8 @@ def test_the_file_is_much_smaller_and_gives_the_same_network(
     path = tmp_path / "folder" / "network.craft"
     made = compress(trained, digits, SETTINGS)
     made.write(path)
-    assert path.stat().st_size == made.bytes == len(made.data)
-    assert made.bytes < sum(4 * p.numel() for p in trained.parameters()) / 12
+    assert path.stat().st_size == made.size == len(made.data)
+    assert made.size < sum(4 * p.numel() for p in trained.parameters()) / 12
     found = read(path, of_perceptron)
     assert not shared_layers(found)
     for name, layer in found.named_modules():
@@ -144,7 +144,7 @@ def test_layers_without_any_weight_and_networks_without_sharing_come_back() -> N
 def test_the_table_adds_up_to_the_file(small: Any) -> None:
     file = encode_model(small, 4)
     table = file.table()
-    assert table.loc["total", "huffman"] == file.bytes
+    assert table.loc["total", "huffman"] == file.size
     tensors = table.drop(["header", "total"])
     assert (tensors.sum() + table.loc["header"]).equals(table.loc["total"])
     weights = tensors[tensors["codebook"] > 0]

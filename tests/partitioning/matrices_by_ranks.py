@@ -127,7 +127,7 @@ def try_counts() -> dict[str, tuple[dict[str, int], dict[str, int]]]:
         with communication() as outer, communication() as count:
             function(x).sum().backward()
         assert outer == count
-        assert outer.bytes == sum(count.sent.values())
+        assert outer.total == sum(count.sent.values())
         found[name] = (dict(count.calls), dict(count.sent))
     with communication() as after:
         pass
