@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from course_lib.lab import predictions, progress_file
+from course_lib.lab import chapters, predictions, progress_file
 from course_lib.lab.claims import ReadableTable
 from course_lib.lab.judging import NotAttempted, OpenProject, Wrong
 
@@ -103,8 +103,10 @@ def progress() -> ReadableTable:
     Predictions that were guessed and answered follow: how many were right by chapter, and by how sure the learner was.
     """
     kept = progress_file.kept("exercises")
-    rows = []
+    rows, there = [], chapters.written()
     for chapter in _chapters():
+        if there and int(chapter) not in there:
+            continue  # its notebook is to come
         for exercise, test in _exercises(chapter).items():
             entry = kept.get(exercise, {"attempts": 0, "passed": None})
             untouched = "not yet right" if entry["attempts"] else "not attempted yet"
@@ -136,11 +138,11 @@ def _exercises(chapter: str) -> dict[str, Callable[[Any], None]]:
 
 
 def _find(exercise: str) -> Callable[[Any], None]:
-    chapters = _chapters()
+    numbers = _chapters()
     chapter = str(exercise).partition(".")[0]
-    if chapter in chapters and (test := _exercises(chapter).get(str(exercise))):
+    if chapter in numbers and (test := _exercises(chapter).get(str(exercise))):
         return test
-    existing = [name for chapter in chapters for name in _exercises(chapter)]
+    existing = [name for chapter in numbers for name in _exercises(chapter)]
     nearest = difflib.get_close_matches(str(exercise), existing, n=1, cutoff=0.6)
     meant = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise ValueError(f"exercise: there is no {exercise!r}{meant} There are: {', '.join(existing) or 'none'}")
