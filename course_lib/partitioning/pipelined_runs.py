@@ -38,7 +38,6 @@ from course_lib.parallel.collectives import traffic
 from course_lib.parallel.data_parallel import local_loss
 from course_lib.parallel.data_parallel_runs import Run, endless_batches, replica
 from course_lib.parallel.launching import World, process_group
-from course_lib.parallel.resuming import save_atomically
 from course_lib.partitioning.cutting import balanced_cuts, chain, flop_costs
 from course_lib.partitioning.late_weights import Later, Product
 from course_lib.partitioning.pipeline import Pipeline
@@ -179,6 +178,8 @@ def save_shard(
 
     A rank that dies in between leaves a shard that nobody will read: the file ``latest`` still names the step before.
     """
+    from course_lib.parallel.resuming import save_atomically  # a script too: python -m warns of one imported before
+
     folder, step = Path(folder), len(losses)
     state = {"weights": weights, "optimizer": optimizer.state_dict(), "losses": losses}
     save_atomically(state, _shard(folder, step, world.rank))
