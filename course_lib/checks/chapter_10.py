@@ -9,12 +9,10 @@ import copy
 import functools
 import operator
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from course_lib.checks.designs import normal
+from course_lib.checks.patience import PATIENCE, endless, within
 from course_lib.lab.judging import (
     Case,
-    Hints,
     Method,
     Mistake,
     OpenProject,
@@ -37,39 +35,6 @@ from course_lib.lab.judging import (
     expect_close,
 )
 from course_lib.partitioning.schedules import Costs, Kind, Schedule, Task, Timeline, in_flight, one_f_one_b, timeline
-
-PATIENCE = 40_000_000
-"""Lines of Python that an answer may take on a hidden case, some seconds' worth; counted, since clocks differ."""
-
-
-class _TooLong(BaseException):
-    """An answer takes more lines than it may; no Exception, so that it is not taken for one of the answer's own."""
-
-
-def _within(lines: int, message: str, hint: Hints, rule: Rule, *inputs: Any) -> Any:
-    """``rule(*inputs)``; `Wrong` if it takes more lines of Python, so that a loop without end comes to one."""
-    left = lines
-
-    def count(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _TooLong
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        return rule(*inputs)
-    except _TooLong:
-        raise Wrong(message, hint) from None
-    finally:
-        sys.settrace(before)
-
-
-def _endless() -> str:
-    return f"your function has not come to an end after {PATIENCE / 1e6:g} million lines of Python"
-
 
 # Exercise 1: unequal stages
 
@@ -481,7 +446,7 @@ def _any_order(costs: Sequence[float], parts: int) -> float:
 
 
 def _in_time(rule: Rule, costs: Sequence[float], parts: int) -> Any:
-    return _within(PATIENCE, _endless(), _FASTER, rule, costs, parts)
+    return within(PATIENCE, endless(PATIENCE), _FASTER, rule, costs, parts)
 
 
 def _dearer_or_cheaper(found: Any, right: float, costs: Sequence[float], parts: int) -> None:
@@ -644,7 +609,7 @@ _MANY = 3000
 
 def _without_a_loop(rule: Rule, experts: Tensor, E: int, capacity: int) -> Any:
     lines = _MANY if len(experts) == _MANY else PATIENCE
-    return _within(lines, f"{_MANY:,} tokens take more than {_MANY:,} lines of Python: there is a loop over tokens",
+    return within(lines, f"{_MANY:,} tokens take more than {_MANY:,} lines of Python: there is a loop over tokens",
                    _RUNNING, rule, experts, E, capacity)  # fmt: skip
 
 
@@ -836,7 +801,9 @@ def exercise_7(answer: Any) -> None:
     tables = []
     for ranks, m, held in HIDDEN:
         on = f"{ranks} ranks, {m} micro-batches, {held} held"
-        found = _within(PATIENCE, f"{_endless()} (on {on})", _ENDLESS, partial(call, on=on), answer, ranks, m, held)
+        found = within(
+            PATIENCE, f"{endless(PATIENCE)} (on {on})", _ENDLESS, partial(call, on=on), answer, ranks, m, held
+        )
         if not isinstance(found, Schedule):
             raise Wrong(f"your function should return a pt.Schedule, and returns a {type(found).__name__} (on {on})",
                         _TABLE_FORM[::-1])  # fmt: skip

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from course_lib.checks.chapter_10 import _within
 from course_lib.checks.designs import normal
+from course_lib.checks.patience import PATIENCE, endless, within
 from course_lib.lab.judging import (
     Case,
     Hints,
@@ -31,14 +31,6 @@ from course_lib.lab.judging import (
     close,
     parts_of,
 )
-
-PATIENCE = 40_000_000
-"""Lines of Python that an answer may take on a hidden case, some seconds' worth; counted, since clocks differ."""
-
-
-def _endless() -> str:
-    return f"your function has not come to an end after {PATIENCE / 1e6:g} million lines of Python"
-
 
 # Exercise 1: an affine grid
 
@@ -504,7 +496,7 @@ def _unions(counts: Sequence[int]) -> list[int]:
 
 
 def _in_time(rule: Rule, counts: Sequence[int]) -> Any:
-    return _within(PATIENCE, _endless(), _NO_END, rule, counts)
+    return within(PATIENCE, endless(PATIENCE), _NO_END, rule, counts)
 
 
 def _lengths(found: Any) -> list[float] | None:
@@ -989,7 +981,7 @@ def exercise_7(answer: Any) -> None:
     for place, (layers, budget, _) in enumerate(HIDDEN):
         on = f"{layers} layers, a budget of {budget:g}"
         case = _hidden(place)
-        bits = _within(PATIENCE, f"{_endless()} (on {on})", _SHORTER, partial(call, on=on), answer, *case)
+        bits = within(PATIENCE, f"{endless(PATIENCE)} (on {on})", _SHORTER, partial(call, on=on), answer, *case)
         found.append(_checked_bits(bits, case[1], f" (on {on})"))
     ratios = [_ratio(place, bits) for place, bits in enumerate(found)]
     mean = float(np.mean(ratios))

@@ -17,17 +17,16 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from course_lib.lab.arguments import at_least, require
 from course_lib.lab.models import ViT, vit
 from course_lib.lab.training import cross_entropy
 from course_lib.parallel.collectives import ring_bytes, traffic
-from course_lib.parallel.data_parallel import average_in_buckets, local_loss, make_buckets, shard
+from course_lib.parallel.data_parallel import local_loss, shard
 from course_lib.parallel.launching import World, process_group
 from course_lib.parallel.scaling import Link, ring_time
-from course_lib.partitioning.collectives import (
-    communication,
-)
+from course_lib.partitioning.collectives import all_reduce, communication
 from course_lib.partitioning.pipeline import Pipeline
 from course_lib.partitioning.pipelined_runs import even_stages
 from course_lib.partitioning.planning import predict_pipeline
@@ -112,7 +111,6 @@ def _measured(number: int, job: Job, world: World, repeats: int) -> list[dict[st
         if turn:  # the first opens connections, and allocates
             seconds[name].append(time.perf_counter() - started)
         sent[name] = messages.bytes_sent + collectives.total
-    sent["data"] = round(ring_bytes(FLOAT * job.parameters, world.size))  # torch's all-reduce does not count
     return [
         {"job": number, "way": name, "seconds": statistics.median(times), "sent": sent[name]}
         for name, times in seconds.items()
@@ -127,13 +125,13 @@ def _alone(job: Job, x: Tensor, y: Tensor, world: World) -> Step:
 
 def _data(job: Job, x: Tensor, y: Tensor, world: World) -> Step:
     model = job.network().to(world.device)
-    buckets = make_buckets(model)
     own = shard(x, y, world.rank, world.size)
 
     def step() -> None:
         model.zero_grad()
         local_loss(model, *own, len(y)).backward()
-        average_in_buckets(buckets, share=1.0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        vector_to_parameters(all_reduce(parameters_to_vector(gradients), None), gradients)  # one message, counted
 
     return step
 

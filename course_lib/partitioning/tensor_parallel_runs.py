@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from course_lib.lab.arguments import at_least
 from course_lib.lab.data import load
@@ -35,6 +34,7 @@ from course_lib.parallel.launching import process_group
 from course_lib.partitioning.collectives import (
     communication,
 )
+from course_lib.partitioning.saved import Saved
 from course_lib.partitioning.tensor_parallel import (
     SharedLayerNorm,
     layer_activations,
@@ -86,18 +86,11 @@ def held_bytes(model: nn.Module) -> int:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward pass keeps for backward, besides the parameters: each piece of memory once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)  # while it lives all that was kept does, and no memory is used a second time
+    with Saved(model.parameters()) as saved:
+        out = model(x)  # while it lives all that was kept does
+    kept = saved.now
     del out
-    return sum(size for place, size in kept.items() if place not in weights)
+    return kept
 
 
 def measure_tensor_parallel(
