@@ -619,7 +619,7 @@ exercise_4 = Method(
 # Exercise 5: which layer gains most
 
 exercise_5 = Reading(
-    "Whose ranges differ? A figure to read",
+    "A range for each output: who gains?",
     right=("C", "b"),
     choices={
         "A": "layer A's outputs have nearly one range already: a range for each leaves almost all steps as they are",

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.stats import norm
+from scipy import stats
 from torch import Tensor
 
 from course_lib.lab.arguments import at_least, is_number, require
@@ -186,8 +186,8 @@ def nf4_levels() -> Tensor:
     """
     # the outermost probability: the mean of the middles of the last of 15 parts and of 16
     end = 1 - (1 / 30 + 1 / 32) / 2
-    above = norm.ppf(torch.linspace(0.5, end, 9, dtype=torch.float64)[1:])
-    below = -norm.ppf(torch.linspace(0.5, end, 8, dtype=torch.float64)[1:])
+    above = stats.norm.ppf(torch.linspace(0.5, end, 9, dtype=torch.float64)[1:])
+    below = -stats.norm.ppf(torch.linspace(0.5, end, 8, dtype=torch.float64)[1:])
     sides = torch.as_tensor(below).flip(0), torch.zeros(1), torch.as_tensor(above)
     levels = torch.cat(sides)
     return levels / levels.max()
