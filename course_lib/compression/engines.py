@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,9 @@ from torch import Tensor, nn
 from course_lib.compression.quantisation import Grid, Quantised
 from course_lib.lab.arguments import at_least, require
 from course_lib.lab.timing import compare_speed
+
+# ONNX Runtime reports its use to its makers unless told not to, and leaves a file of it among the temporary ones.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # --- A network as a file ----------------------------------------------------------------------------------------------
 
