@@ -5,7 +5,7 @@ name                    what it does or gives                                 so
 ======================  ====================================================  ========================================
 ``assembled``           an architecture as a network of its own
 ``architecture_cost``   its parameters and multiplications, in closed form
-*accuracy without training each*
+*accuracy*
 ``Supernet``            all architectures in one, with shared weights         Guo et al. 2019 (single path one-shot),
                                                                               arXiv:1904.00420
 ``sliced_weight``       the first channels and the middle of the kernel       Yu et al. 2018 (slimmable networks),
@@ -16,7 +16,7 @@ name                    what it does or gives                                 so
 ``extracted``           a path as a network of its own, its batch norms
                         given the statistics of that path
 ``shared_error``        its error on validation data
-*time without running each*
+*time*
 ``LatencyTable``        seconds of each layer shape, measured once            Cai et al. 2018 (ProxylessNAS),
                                                                               arXiv:1812.00332
 ======================  ====================================================  ========================================

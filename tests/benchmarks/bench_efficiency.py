@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 import course_lib  # noqa: F401  mends torchvision's import where torch is a CPU-only build
 from course_lib.compression import engines
-from course_lib.efficiency.cheap_layers import depthwise_separable, depthwise_separable_cost, full, full_cost
 from course_lib.efficiency.branches import reparameterise, repvgg
+from course_lib.efficiency.cheap_layers import depthwise_separable, depthwise_separable_cost, full, full_cost
 from course_lib.lab.models import convnet, mlp
 from course_lib.lab.timing import compare_speed
 
