@@ -79,7 +79,8 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     # other libraries' types: their inventories lie in the network, where a build never goes
     (r"py:class", r"(torch|numpy|pandas|matplotlib|ipywidgets)\..+"),
-    (r"py:class", r"(pathlib|functools|collections|collections\.abc)\..+"),  # and Python's own
+    (r"py:class", r"(pathlib|functools|collections|collections\.abc|concurrent\.futures)\..+"),  # and Python's own
+    (r"py:class", r"[A-Z]"),  # type variables
     (r"py:class", r"course_lib\..+\._\w+"),  # private ones, which no page describes
     (r"py:class", r"course_lib\.lab\.models\.(Attention|EncoderBlock)"),  # parts of the laboratory's networks
 ]
