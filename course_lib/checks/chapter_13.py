@@ -393,7 +393,7 @@ def _mmd2(
     return end(within(xx) + within(yy) - between_counts * between(xy))
 
 
-_FAR = 1e6
+_FAR = 1e7
 _ITSELF_TOO = [
     "How like is an example to itself? Let all others be far away: what should the mean over pairs be, and yours?",
     "n rows make n (n - 1) ordered pairs of two: the diagonal goes out of the sum, and out of the number.",
@@ -402,7 +402,7 @@ _CROSS = "Between the samples no example meets itself: all n · m pairs count, i
 _KERNEL = "At a distance of σ the kernel is e^(-1/2) = 0.607. What is yours, at σ = 2?"
 _NEGATIVE = "Two samples of one distribution: the estimate is 0 on average, so it must fall below it at times."
 _DIGITS = [
-    "(a - b)² is exact where a and b are near each other. What is left of a² + b² - 2 a b where all three are 10¹²?",
+    "(a - b)² is exact where a and b are near each other. What is left of a² + b² - 2 a b where all three are 10¹⁴?",
     "Take the differences first: x[:, None] - y[None] is [n, m, D]. Or move both samples to 0.",
 ]
 
@@ -423,7 +423,7 @@ exercise_6 = Method(
         "7 and 4 rows": (normal(1383, 7, 2), 2 * normal(1384, 4, 2), 0.8),
         "two samples of one distribution": (normal(1397, 5, 2), normal(1398, 8, 2), 1.5),
         "float32": (normal(1389, 6, 2).float(), normal(1390, 5, 2).float() + 1, 1.2),
-        "features a million away from 0": (normal(1391, 6, 3) + _FAR, normal(1392, 5, 3) + _FAR + 0.5, 1.3),
+        "features ten million away from 0": (normal(1391, 6, 3) + _FAR, normal(1392, 5, 3) + _FAR + 0.5, 1.3),
     },
     mistakes=[
         Mistake(partial(_mmd2, within=torch.mean),
