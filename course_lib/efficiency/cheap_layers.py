@@ -14,8 +14,6 @@ name                       what it does or gives                         source
 ``channel_shuffle``        deals the channels of each group round        Zhang et al. 2017
 ``full_cost``, …           parameters and multiplications of each,       the papers above
                            in closed form
-``intensity``              multiplications and additions for each byte   Williams, Waterman & Patterson 2009,
-                           that has to be moved                          CACM 52(4)
 ``family``                 a network of any of these blocks
 ``family_cost``            what it costs, in closed form
 ``width_for``              the width that a budget buys
@@ -290,31 +288,6 @@ def shuffle_unit_cost(
     places = size[0] * size[1], small[0] * small[1]
     norms = 2 * (2 * b + computed)
     return LayerCost(inside + after + norms, inside * places[0] + after * places[1])
-
-
-def intensity(
-    m: int, n: int, size: Size, *, stride: int = 1, kernel: int = 3, groups: int = 1,
-    batch: int = 1, element_size: int = 4,
-) -> float:  # fmt: skip
-    r"""Return the arithmetic intensity of a convolution: operations for each byte moved.
-
-    Two operations for each multiplication; of bytes the least there can be, input,
-    weights and output once. Without its weights a depthwise convolution of stride 1 has
-    :math:`2k^2/(2\cdot4)` in float32, however many channels there are, a full one with
-    M = N has M times that.
-
-    Parameters
-    ----------
-    size : of the input.
-    batch : examples that are computed at once, and share the weights.
-    element_size : bytes of a number.
-    """
-    at_least(1, batch=batch, element_size=element_size)
-    cost = conv_cost(m, n, size, stride, kernel, groups)
-    small = strided(size, stride)
-    moved = batch * (m * size[0] * size[1] + n * small[0] * small[1])
-    weights = kernel**2 * m * n // groups
-    return 2 * batch * cost.multiplications / (element_size * (moved + weights))
 
 
 # --- Networks of them -------------------------------------------------------------------------------------------------

@@ -140,22 +140,6 @@ def test_separable_costs_the_share_of_the_paper() -> None:
     assert parts / whole == pytest.approx(1 / n + 1 / k**2, rel=1e-12)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 16])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_intensity_counts_operations_and_bytes(groups: int, stride: int) -> None:
-    layer = nn.Conv2d(16, 32, 3, stride, 1, groups=groups, bias=False).double()
-    x = normal(5, 16, 9, 7)
-    moved = sum(each.numel() * each.element_size() for each in (x, layer.weight, layer(x)))
-    found = cheap_layers.intensity(16, 32, (9, 7), stride=stride, groups=groups, batch=5, element_size=8)
-    assert found == pytest.approx(flops(layer, x) / moved, rel=1e-12)
-
-
-def test_depthwise_is_bound_by_memory_and_full_is_not() -> None:
-    depthwise = cheap_layers.intensity(64, 64, (64, 64), groups=64, batch=100)
-    assert depthwise == pytest.approx(2 * 9 / 8, rel=0.01)
-    assert cheap_layers.intensity(64, 64, (64, 64), batch=100) == pytest.approx(64 * 2 * 9 / 8, rel=0.01)
-
-
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +180,6 @@ def test_bad_input_is_named() -> None:
         ("depth=0: must be", lambda: family_cost(SHAPE, 10, depth=0)),
         ("input_shape=(1, 16): must be", lambda: family((1, 16), 10)),
         ("multiplications=10: must be at least half", lambda: cheap_layers.width_for(10, SHAPE, 10, block="full")),
-        ("batch=0: must be", lambda: cheap_layers.intensity(4, 4, (4, 4), batch=0)),
     ]
     for words, call in cases:
         with pytest.raises(ValueError, match=re.escape(words)):

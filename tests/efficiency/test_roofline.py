@@ -108,6 +108,21 @@ def test_measured_on_cuda(dtype: torch.dtype) -> None:
 # --- Work in closed form ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("groups", [1, 2, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_intensity_of_a_convolution_counts_operations_and_bytes(groups: int, stride: int) -> None:
+    layer = nn.Conv2d(16, 32, 3, stride, 1, groups=groups, bias=False).double()
+    x = torch.randn(5, 16, 9, 7, dtype=torch.float64)
+    moved = sum(each.numel() * each.element_size() for each in (x, layer.weight, layer(x)))
+    assert layer_work(layer, x).intensity == pytest.approx(flops(layer, x) / moved, rel=1e-12)
+
+
+def test_depthwise_is_bound_by_memory_and_full_is_not() -> None:
+    depthwise = convolution_work(100, 64, 64, 3, 64, groups=64).intensity
+    assert depthwise == pytest.approx(2 * 9 / 8, rel=0.01)
+    assert convolution_work(100, 64, 64, 3, 64).intensity == pytest.approx(64 * 2 * 9 / 8, rel=0.01)
+
+
 def test_intensities_to_remember() -> None:
     assert elementwise_work(10).intensity == 1 / 8, "a ReLU in float32"
     assert elementwise_work(999, torch.bfloat16).intensity == 1 / 4
