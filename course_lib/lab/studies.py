@@ -42,6 +42,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from course_lib.lab import runtime
+from course_lib.lab.arguments import require
 from course_lib.lab.data import Dataset
 from course_lib.lab.experiments import Comparison, one_thread, spread
 from course_lib.lab.fingerprints import fingerprint
@@ -93,11 +94,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    """A question and its parts, by name."""
+    """A question and its parts, by name.
+
+    ``alone``: one run at a time, with all threads of the processor. For what is timed.
+    """
 
     chapter: str
     question: str
     parts: Mapping[str, Part]
+    alone: bool = False
 
 
 class StudyOutdated(RuntimeError):
@@ -153,9 +158,16 @@ def declared(chapter: str) -> Study:
 def run_study(study: Study, file: Path, *, workers: int | None = None, progress: bool | None = None) -> int:
     """Run what ``file`` does not hold yet, and append it there; returns the number of new rows.
 
-    By default one process for each core, or one in all on a GPU. Choices are made when all their runs are there.
+    By default one process for each core, or one in all on a GPU and for a study that runs ``alone``. Choices are made
+    when all their runs are there.
+
+    Raises
+    ------
+    ValueError : more than one worker for a study that runs alone.
     """
-    workers = workers or (runtime.usable_cores() if runtime.device().type == "cpu" else 1)
+    if study.alone:
+        require("workers", workers, lambda given: given in (None, 1), "1 or None: this study times its runs")
+    workers = workers or (1 if study.alone or runtime.device().type != "cpu" else runtime.usable_cores())
     for job in every_job(study):
         arm_fingerprint(study, job)  # now: a file that is edited while the study runs would be read as it is by then
     book = Book(file)
@@ -170,7 +182,8 @@ def run_study(study: Study, file: Path, *, workers: int | None = None, progress:
             total=len(jobs), initial=len(jobs) - len(left), disable=not show, desc=f"study {study.chapter}"
         ) as bar:
             work = [(study, job, arm_fingerprint(study, job)) for job in left]
-            for row in spread(run_job, work, workers, ordered=False) if work else ():
+            rows = (run_job(*each) for each in work) if study.alone else spread(run_job, work, workers, ordered=False)
+            for row in rows if work else ():
                 book.append(row)
                 new += 1
                 bar.update()
@@ -340,6 +353,8 @@ class Book:
         """Write down where the rows to come are made, if it is another place than that of the last ones."""
         data = {name: fingerprint(part.data()) for name, part in study.parts.items()}
         found = provenance() | {"workers": workers, "data": data}
+        if study.alone:
+            found["threads"] = torch.get_num_threads()
         last = self.sessions[-1] if self.sessions else {}
         if {k: v for k, v in last.items() if k not in ("session", "date")} != found:
             session = len(self.sessions) + 1
@@ -362,7 +377,7 @@ class Book:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, and what computes; each run uses one thread of a processor."""
+    """Versions, and what computes; each run uses one thread of a processor, but in a study that runs alone."""
     machine = runtime.describe_machine()["this machine"]
     where = machine["processor"] if runtime.device().type == "cpu" else machine["device"]
     return {
@@ -452,8 +467,9 @@ def _history(curves: Mapping[str, list[float]]) -> History:
 def _caption(part: Part, book: Book, rows: list[dict[str, Any]], used: list[dict[str, Any]]) -> str:
     session = next(s for s in book.sessions if s["session"] == used[-1]["in"])
     hours = sum(row["seconds"] for row in rows) / 3600
+    cores = "one core" if session["threads"] == 1 else f"{session['threads']} cores"
     return (
-        f"{part.title}: {len(part.seeds)} seeds; {len(rows)} runs, tuning included, in {hours:.1f} hours of one core "
+        f"{part.title}: {len(part.seeds)} seeds; {len(rows)} runs, tuning included, in {hours:.1f} hours of {cores} "
         f"({session['device']}, torch {session['torch']}, {session['date']}). Bold: the interval of the difference "
         "excludes zero."
     )
