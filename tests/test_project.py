@@ -20,7 +20,7 @@ from course_lib.lab.chapters import CHAPTERS, MODULES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_lib"
 
-# One module a chapter, chapters 1 to 15 in order; 0, 16 and 17 teach no technique of their own
+# One module a chapter, chapters 1 to 16 in order; 0 and 17 have none of their own
 TECHNIQUES = MODULES
 SHARED = {"lab", "proving", "checks", "studies", "_torchvision_mend"}
 NOTEBOOKS = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.name[:3] != "my_"}

@@ -69,6 +69,7 @@ def fit_per_image(
         filled = getattr(recipe, slot)
         require(f"recipe.{slot}", filled, partial(operator.eq, getattr(usual, slot)),
                 "left as it is: images that come one at a time have no such slot")  # fmt: skip
+    require("recipe.precision", recipe.precision, lambda name: name != "float64", "'float32' or 'bfloat16'")
     require("recipe.batch_size", recipe.batch_size, lambda size: not callable(size), "a number")
     where = device()
     seed_everything(seed)

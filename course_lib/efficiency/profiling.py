@@ -236,15 +236,15 @@ def by_operator(recording: Recording) -> pd.DataFrame:
     kernel may have another name), ``bytes`` allocated. What ``aten::empty`` allocates for another operator is that
     operator's. Rows are sorted by seconds.
     """
-    events = recording.events
+    events, steps = recording.events, len(recording.steps)  # the property goes through all events
     rows: dict[str, dict[str, Any]] = {}
     for event, own, size in zip(events, self_seconds(events), _allocated(events), strict=True):
         kind = kind_of(event.name)
         if kind != OVERHEAD:
             row = rows.setdefault(event.name, _row(kind, recording.flops.get(event.name, 0)))
-            row["calls"] += 1 / len(recording.steps)
-            row["seconds"] += own / len(recording.steps)
-            row["bytes"] += size / len(recording.steps)
+            row["calls"] += 1 / steps
+            row["seconds"] += own / steps
+            row["bytes"] += size / steps
     accounted = sum(row["seconds"] for row in rows.values())
     rows[BETWEEN] = _row(OVERHEAD) | {"seconds": max(recording.seconds - accounted, 0.0)}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("operator")
@@ -357,13 +357,14 @@ def named_layers(model: nn.Module) -> Iterator[None]:
 def layer_table(recording: Recording) -> pd.DataFrame:
     """Return the table of ``by_layer`` out of a recording in which the layers were named by ``named_layers``."""
     events, around = recording.events, parents(recording.events)
+    steps = len(recording.steps)  # the property goes through all events
     owners = _owners(events, around)
     rows: dict[str, dict[str, float]] = {name: {"forward": 0.0, "backward": 0.0} for name in _names(events)}
     for index, own in enumerate(self_seconds(events)):
         forward = _forward_layer(index, events, around)
         backward = None if forward else _backward_layer(index, events, around, owners)
         if forward or backward:
-            rows[forward or backward or ""]["forward" if forward else "backward"] += own / len(recording.steps)
+            rows[forward or backward or ""]["forward" if forward else "backward"] += own / steps
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["forward", "backward"]).rename_axis("layer")
     table["seconds"] = table["forward"] + table["backward"]
     rest = max(recording.seconds - table["seconds"].sum(), 0.0)

@@ -93,7 +93,9 @@ def check(exercise: str, answer: Any, *, record: bool = True) -> Outcome:
     except Wrong as wrong:
         note = _record(exercise, passed=False) if record else ""
         return Outcome(exercise, title, "not yet right", wrong.message, _next_hint(exercise, wrong.hints), note)
-    notes = [_judge_of(test), _record(exercise, passed=True) if record else ""]
+    notes = [_judge_of(test)]
+    if record:
+        notes += [_record(exercise, passed=True), _afterwards(test, answer)]
     return Outcome(exercise, title, "passed", note="; ".join(filter(None, notes)))
 
 
@@ -154,6 +156,15 @@ def _title(test: Callable[[Any], None]) -> str:
 
 def _judge_of(test: Callable[[Any], None]) -> str:
     return "by your own rubric" if isinstance(test, OpenProject) else ""
+
+
+def _afterwards(test: Callable[[Any], None], answer: Any) -> str:
+    """What follows when a design has passed, and is said then; nothing in a validation run."""
+    follows = getattr(test, "afterwards", None)
+    if follows is None or progress_file.validating():
+        return ""
+    with torch.random.fork_rng(devices=[]):
+        return follows(answer)
 
 
 def _has_ellipsis(answer: Any) -> bool:

@@ -215,7 +215,9 @@ class Reading:
 class Design:
     """Design a run: something whose mean ``score(answer, seed)`` on hidden seeds is at least ``least``.
 
-    ``admit(answer)`` raises `Wrong` for an answer of the wrong kind, or beyond its budget.
+    ``admit(answer)`` raises `Wrong` for an answer of the wrong kind, or beyond its budget. ``afterwards(answer)`` is
+    called when the design has passed and that is recorded. It is no part of the judgement; what it returns is added to
+    the note.
     """
 
     title: str
@@ -226,6 +228,7 @@ class Design:
     hint: Hints = ()
     diverged: Hints = "A smaller learning rate."
     what: str = "a mean accuracy"
+    afterwards: Callable[[Any], str] | None = None
 
     def __call__(self, answer: Any) -> None:
         self.admit(answer)

@@ -1,7 +1,8 @@
 """What a learner has done, in one small file: ``progress-NAME.json`` in the folder of what is yours (``COURSE_HOME``).
 
     {"exercises": {"02.1": {"attempts": 3, "passed": "2026-05-04"}},
-     "predictions": {"02.a": {"guess": "momentum", "sure": 0.75, "hit": true}}}
+     "predictions": {"02.a": {"guess": "momentum", "sure": 0.75, "hit": true}},
+     "races": {"16.6": {"ratio": 7.3, "score": 0.913}}}
 
 A class may share the folder; ``runtime.learner`` says whose a file is. Validation runs (``COURSE_VALIDATING=1``)
 neither read nor write it.
@@ -9,6 +10,7 @@ neither read nor write it.
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +18,15 @@ from typing import Any, Literal
 
 import filelock
 
+from course_lib.lab.arguments import is_number
 from course_lib.lab.files import replaced
 from course_lib.lab.runtime import data_folder, home_folder, learner
 
 LOCK_SECONDS = 10
 
-Section = Literal["exercises", "predictions"]
+Section = Literal["exercises", "predictions", "races"]
 Entries = dict[str, dict[str, Any]]
-_SECTIONS: tuple[Section, ...] = ("exercises", "predictions")
+_SECTIONS: tuple[Section, ...] = ("exercises", "predictions", "races")
 
 
 def kept(section: Section) -> Entries:
@@ -42,6 +45,24 @@ def kept(section: Section) -> Entries:
             return _parse(file.read_bytes())[section]
         except (OSError, ValueError):
             return {}
+
+
+def kept_by_all(section: Section) -> dict[str, Entries]:
+    """What is known in a section of everybody who shares the folder, by learner; nothing in a validation run.
+
+    A file that cannot be read is passed over with a warning, and stays as it is: its learner may mend it.
+    """
+    found: dict[str, Entries] = {}
+    if validating():
+        return found
+    for file in sorted(home_folder().glob("progress-*.json")):
+        if re.search(r"\.damaged-\d+$", file.stem):
+            continue  # set aside already
+        try:
+            found[file.stem.removeprefix("progress-")] = _parse(file.read_bytes())[section]  # whole at every moment
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{file.name} is passed over: {type(error).__name__}: {error}", stacklevel=2)
+    return found
 
 
 def change(section: Section, key: str, edit: Callable[[dict[str, Any]], None]) -> str:
@@ -117,4 +138,7 @@ def _parse(content: bytes) -> dict[str, Entries]:
         attempts, passed = entry.get("attempts"), entry.get("passed")
         if not isinstance(attempts, int) or not (passed is None or isinstance(passed, str)):
             raise ValueError("not an entry")
+    for entry in found["races"].values():
+        if not all(is_number(entry.get(figure)) for figure in ("ratio", "score")):
+            raise ValueError("not an entry of a race")
     return found

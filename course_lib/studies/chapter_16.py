@@ -107,6 +107,12 @@ STUDY = Study(
     "16",
     "How fast to the target?",
     {
+        "combinations": Part(
+            "Drawn digits to 93%, every combination of six rungs",
+            digits,
+            {name: partial(needed, names) for name, names in every_set().items()},
+            SEEDS,
+        ),
         "mnist": Part(
             "MNIST, the recipe",
             whole_mnist,
@@ -116,13 +122,6 @@ STUDY = Study(
             },
             MANY,
         ),
-        "script": Part("MNIST, the first script", whole_mnist, {"first script": by_the_script}, SEEDS),
-        "combinations": Part(
-            "Drawn digits to 93%, every combination of six rungs",
-            digits,
-            {name: partial(needed, names) for name, names in every_set().items()},
-            SEEDS,
-        ),
         "cifar10": Part("CIFAR-10", all_photographs, {"three epochs": partial(photographs, epochs=3)}, SEEDS),
         "text": Part(
             "Text to 1.9 bits a character, rung upon rung",
@@ -130,6 +129,7 @@ STUDY = Study(
             {name: partial(written, name) for name in text.LENGTHS},
             SEEDS,
         ),
+        "script": Part("MNIST, the first script", whole_mnist, {"first script": by_the_script}, SEEDS),
     },
     alone=True,
 )

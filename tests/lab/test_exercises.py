@@ -4,13 +4,14 @@ import datetime
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from course_lib.lab import exercises, progress_file
 from course_lib.lab.exercises import Outcome, check, progress
-from course_lib.lab.judging import OpenProject, Wrong, call, expect_close
+from course_lib.lab.judging import Design, OpenProject, Wrong, call, expect_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 
@@ -239,6 +240,49 @@ def test_an_open_project_is_done_by_the_learners_own_rubric(file, monkeypatch):
     assert repr(found) == "✓ Exercise 07.1 passed: A project (by your own rubric)"
     assert progress()["state"].iloc[-1] == "✓ passed, by your own rubric"
     assert kept(file)["07.1"]["attempts"] == 2
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A design that anything of 3 and more passes; what was told of those that did."""
+    told = []
+
+    def afterwards(answer):
+        told.append((answer, torch.rand(1).item()))
+        return f"{answer} times as fast"
+
+    design = Design("A design", lambda answer: None, lambda answer, seed: answer, [0], 3, afterwards=afterwards)
+    monkeypatch.setattr(sys.modules["fake_checks.chapter_07"], "exercise_1", design)
+    return told
+
+
+def test_what_follows_on_a_design_that_passed_becomes_part_of_the_note(told, file):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert repr(check("07.1", 4)) == "✓ Exercise 07.1 passed: A design (4 times as fast)"
+    assert torch.equal(torch.rand(1), expected), "the notebook's own random numbers are left alone"
+    assert kept(file)["07.1"]["attempts"] == 1
+    assert check("07.1", 2).state == "not yet right"
+    assert [answer for answer, _ in told] == [4]
+
+
+def test_nothing_follows_in_a_solution_cell_or_a_validation_run(told, monkeypatch):
+    assert check("07.1", 4, record=False).note == ""
+    monkeypatch.setenv("COURSE_VALIDATING", "1")
+    assert check("07.1", 4).note == ""
+    assert not told
+
+
+def test_what_is_kept_is_kept_before_anything_follows(told, file, monkeypatch):
+    def interrupted(answer):
+        raise KeyboardInterrupt
+
+    design = sys.modules["fake_checks.chapter_07"].exercise_1
+    monkeypatch.setattr(sys.modules["fake_checks.chapter_07"], "exercise_1", replace(design, afterwards=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        check("07.1", 4)
+    assert kept(file)["07.1"]["passed"]
 
 
 def test_a_solution_cell_leaves_no_trace(file):

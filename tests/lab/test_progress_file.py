@@ -10,7 +10,7 @@ import filelock
 import pytest
 
 from course_lib.lab import progress_file
-from course_lib.lab.progress_file import change, kept
+from course_lib.lab.progress_file import change, kept, kept_by_all
 
 
 @pytest.fixture
@@ -43,6 +43,8 @@ def stored(file):
         b'{"exercises": {"03.1": {"attempts": "3", "passed": null}}}',
         b'{"exercises": {"03.1": {"attempts": 3, "passed": 4}}}',
         b'{"exercises": {}, "predictions": []}', b'{"exercises": {}, "predictions": {"03.a": 1}}',
+        b'{"exercises": {}, "races": {"16.6": {"ratio": "7", "score": 0.9}}}',
+        b'{"exercises": {}, "races": {"16.6": {"ratio": NaN, "score": 0.9}}}', b'{"exercises": {}, "races": [1]}',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("action", [lambda: attempt("03.1"), lambda: kept("predictions")])
@@ -190,3 +192,46 @@ def test_sections_are_kept_apart_and_validation_knows_neither(file, monkeypatch)
     assert kept("exercises") == kept("predictions") == {}
     assert attempt("03.1") == ""
     assert file.read_bytes() == before
+
+
+# Races, and everybody's
+
+
+RACE = {"ratio": 7.3, "score": 0.913}
+
+
+def test_a_file_from_before_there_were_races_is_whole(file):
+    file.parent.mkdir()
+    old = {"exercises": {"03.1": {"attempts": 1, "passed": None}}, "predictions": {"03.a": {"guess": 3}}}
+    file.write_text(json.dumps(old))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kept("races") == {}
+        assert kept_by_all("races") == {"ada": {}}
+        assert change("races", "16.6", lambda entry: entry.update(RACE)) == ""
+    assert json.loads(file.read_text()) == {**old, "races": {"16.6": RACE}}
+    assert kept("races") == {"16.6": RACE}
+
+
+def test_everybody_of_a_folder_is_read_and_what_is_damaged_passed_over_as_it_is(file, monkeypatch):
+    for name in ("ada", "bo"):
+        monkeypatch.setenv("COURSE_LEARNER", name)
+        change("races", "16.6", lambda entry: entry.update(RACE))
+    (file.parent / "progress-cy.json").write_bytes(b"{")
+    (file.parent / "progress-dee.damaged-1.json").write_bytes(b"{")
+    (file.parent / "progress-eve.json").mkdir()
+    (file.parent / "progress-ada.json.partial").write_bytes(b"{")
+    before = sorted(file.parent.iterdir())
+    with pytest.warns(UserWarning, match="is passed over") as told:
+        found = kept_by_all("races")
+    assert found == {"ada": {"16.6": RACE}, "bo": {"16.6": RACE}}
+    assert [str(warning.message).split()[0] for warning in told] == ["progress-cy.json", "progress-eve.json"]
+    assert sorted(file.parent.iterdir()) == before
+    assert (file.parent / "progress-cy.json").read_bytes() == b"{"
+
+
+def test_nobody_is_known_in_a_validation_run_or_without_a_folder(file, monkeypatch):
+    assert kept_by_all("races") == {}
+    change("races", "16.6", lambda entry: entry.update(RACE))
+    monkeypatch.setenv("COURSE_VALIDATING", "1")
+    assert kept_by_all("races") == {}
