@@ -201,6 +201,32 @@ def test_a_kill_loses_at_most_the_run_under_way(tmp_path, undisturbed, moment, n
     assert found_in(file) == found_in(undisturbed)
 
 
+def threads(data, seed):
+    """How many a run may use."""
+    return float(torch.get_num_threads())
+
+
+def test_a_study_that_times_runs_alone_with_all_threads(tmp_path):
+    part = replace(STUDY.parts["functions"], arms={"threads": threads})
+    together = replace(STUDY, parts={"functions": part})
+    alone = replace(together, alone=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for study, expected in ((together, 1), (alone, 3)):
+            file = tmp_path / f"{expected}.jsonl"
+            run_study(study, file, **({} if study.alone else {"workers": 1}))
+            assert set(read(study, file, "functions").values["threads"]) == {expected}
+            book = Book(file, read_only=True)
+            assert (book.sessions[0]["threads"], book.sessions[0]["workers"]) == (expected, 1)
+            cores = "one core" if expected == 1 else "3 cores"
+            assert f"hours of {cores} (" in read(study, file, "functions").caption
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="workers=2: must be 1 or None: this study times its runs"):
+        run_study(alone, tmp_path / "other.jsonl", workers=2)
+
+
 def test_workers_find_the_same(tmp_path, undisturbed):
     file = tmp_path / "study.jsonl"
     assert run_study(STUDY, file, workers=2) == RUNS
