@@ -74,9 +74,7 @@ def test_logits_are_the_heads_of_the_embedding(network, shape):
     assert model(x).shape == (2, 7)
 
 
-@pytest.mark.parametrize(
-    ("network", "smallest"), [(example_net, 6), (quick_net, 7), (speed_net, 9)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("network", "smallest"), [(example_net, 6), (quick_net, 7), (speed_net, 9)])
 def test_the_smallest_images(network, smallest):
     side = smallest
     assert network((1, side, side), 2)(torch.randn(2, 1, side, side)).shape == (2, 2)
