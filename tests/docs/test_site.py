@@ -152,7 +152,7 @@ def test_solutions_are_apart_and_not_found_by_the_search(site: Path) -> None:
 def test_formulas_are_set_in_the_page(site: Path) -> None:
     for chapter in CHAPTERS[1:]:
         text = page_of(site, chapter).read_text(encoding="utf-8")
-        assert text.count('class="katex"') > 20
+        assert text.count('class="katex"') > (20 if chapter.slot else 5)  # the capstone derives little
         assert text.count("<math ") == text.count('class="katex"'), "each formula is there for screen readers too"
         assert "katex-error" not in text
 
