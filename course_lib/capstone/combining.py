@@ -1,4 +1,4 @@
-r"""How rungs combine: what one is worth alone, last, and on average over every order.
+r"""How rungs combine: what one is worth alone, left out, and on average over every order.
 
 ======================  =============================================================================================
 name                    what it gives                                                         source
@@ -135,14 +135,14 @@ def every_set(rungs: Collection[str] = NAMES) -> dict[str, frozenset[str]]:
     return {" + ".join(n for n in rungs if n in names) or "first script": names for names in subsets(rungs)}
 
 
-def measured(chapter: str = "16", part: str = "combinations") -> Combinations:
+def measured() -> Combinations:
     """Return what the recorded study found of every set of the capstone's rungs.
 
     Raises
     ------
     StudyOutdated : it was found by other code than that which stands now.
     """
-    of = {name: recorded(chapter, part, of=name).values for name in ("seconds", "reached", "epochs")}
+    of = {name: recorded("16", "combinations", of=name).values for name in ("seconds", "reached", "epochs")}
     sets = every_set()
     return Combinations(
         NAMES,
