@@ -11,18 +11,20 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 DOCS    := $(VENV)/.installed-docs
 DEV     := $(VENV)/.installed-dev
+KIT     := .venv-class
+CLASS   ?= class
 SITE    := docs/_build/html
 PORT    ?= 8888
 BROWSER ?= yes
 FIRST   := /lab/tree/notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive clean
+.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive class-setup class-release class-autograde class-feedback class-test clean
 .SILENT:
 
 help:  ## list these targets
 	echo "The Craft of Training"
-	sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 lab: $(STAMP)  ## open the course in JupyterLab (PORT=8888; BROWSER=no on a server)
 	echo "JupyterLab starts at http://localhost:$(PORT)$(FIRST) (Ctrl-C ends it)"
@@ -64,6 +66,22 @@ docs-serve: docs  ## build the web site and show it (PORT=8000)
 docs-archive: docs  ## pack the web site into one zip that opens from disk, for a room without network
 	cd docs && ../$(BIN)/python -m site_builder.archive ../$(SITE) _build/craft-of-training.zip
 
+class-setup: $(KIT)/.installed  ## install what the classroom kit needs, into .venv-class (see classroom/README.md)
+
+class-release: $(KIT)/.installed  ## make a chapter's student copy (NB=02, else all; OUTPUTS=keep; CLASS=class)
+	$(KIT)/bin/python -m classroom.course --folder "$(CLASS)" release $(or $(NB),all) \
+		$(if $(filter keep,$(OUTPUTS)),--keep-outputs)
+
+class-autograde: $(KIT)/.installed  ## collect what lies in INBOX, if named, and mark a chapter (NB=02)
+	$(if $(INBOX),$(KIT)/bin/python -m classroom.course --folder "$(CLASS)" collect $(NB) "$(INBOX)")
+	$(KIT)/bin/python -m classroom.course --folder "$(CLASS)" mark $(NB)
+
+class-feedback: $(KIT)/.installed  ## make a chapter's pages of feedback, and marks.csv (NB=02)
+	$(KIT)/bin/python -m classroom.course --folder "$(CLASS)" give-back $(NB)
+
+class-test: $(KIT)/.installed  ## test the classroom kit (minutes; marking's attacks need Linux)
+	$(KIT)/bin/python -m pytest --override-ini addopts= classroom/tests
+
 clean:  ## remove .venv and what tests and tools left behind (data sets stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info
 	rm -rf docs/_build docs/api docs/chapters docs/solutions
@@ -97,3 +115,14 @@ $(DEV): requirements-dev.txt requirements-docs.txt $(STAMP)
 	[ -t 1 ] || quiet=--quiet; \
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --requirement requirements-dev.txt
 	touch $(DOCS) $(DEV)
+
+# What the classroom kit needs: an environment of its own, beside the learners'
+$(KIT)/.installed: classroom/requirements-classroom.txt requirements.txt
+	python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then echo "The kit needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; fi; \
+	[ -x $(KIT)/bin/pip ] || "$$python" -m venv $(KIT)
+	echo "Installing what classroom/requirements-classroom.txt lists (once; some minutes)"
+	[ -t 1 ] || quiet=--quiet; \
+	$(KIT)/bin/python -m pip install $$quiet --disable-pip-version-check \
+		--requirement classroom/requirements-classroom.txt
+	touch $(KIT)/.installed

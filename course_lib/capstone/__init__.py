@@ -15,6 +15,7 @@ quick_net               half the resolution from the first layer on
 speed_net, whiten_stem  for photographs (Jordan 2024, arXiv:2404.00498)
 *rungs*                 *from the script to the recipe*
 RUNGS, applied          six changes, each of one chapter; an entry with any of them
+native                  an entry without bfloat16, where this processor only emulates it
 *combining*             *how rungs combine*
 measured, Combinations  what the study found of all 64 sets: alone, left out, on average, in pairs
 *text*                  *the second job*
@@ -36,6 +37,7 @@ from course_lib.capstone.networks import (
     speed_net,
     whiten_stem,
 )
+from course_lib.capstone.processors import native
 from course_lib.capstone.rules import (
     Attempt,
     Entry,
@@ -57,5 +59,6 @@ __all__ = [
     "NAMES", "RUNGS", "Attempt", "CharTransformer", "Combinations", "Entry", "ExampleNet", "Needed", "PerImage",
     "QuickNet", "Result", "SpeedNet", "Task", "accuracy", "applied", "bits", "documentation", "enter",
     "epochs_needed", "every_set", "example_net", "first_script", "fit_per_image", "leaderboard", "measured",
-    "next_character", "quick_net", "race", "run", "speed_net", "trained", "warm_up", "whiten_stem", "windows",
+    "native", "next_character", "quick_net", "race", "run", "speed_net", "trained", "warm_up",
+    "whiten_stem", "windows",
 ]  # fmt: skip

@@ -80,7 +80,7 @@ CHAPTERS: tuple[Chapter, ...] = (
             "efficiency", (11,), (5, 2), "model\noptimization"),
     Chapter(16, "capstone", "Capstone", "one recipe, time to accuracy", "", "capstone", tuple(range(16)),
             (6, 3), "capstone"),
-    Chapter(17, "trends_and_faq", "Trends, open questions, FAQ", "which technique when", "", "", (16,), (6, 2),
+    Chapter(17, "trends_and_faq", "Trends, open questions, FAQ", "which technique when", "", "outlook", (16,), (6, 2),
             "trends, open\nquestions, FAQ"),
 )  # fmt: skip
 

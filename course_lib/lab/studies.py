@@ -65,10 +65,11 @@ class RecipeFor:
 class Tuned:
     """An arm with a setting to choose: ``candidates`` are trained with ``seeds``, and the best on average is the arm.
 
-    Best is the highest accuracy on the validation split; a candidate of which a run diverged is out.
+    Best is the highest accuracy on the validation split; a candidate of which a run diverged is out. A candidate that
+    is a function says it itself: ``val_accuracy`` is one of its numbers.
     """
 
-    candidates: Mapping[str, Recipe | RecipeFor]
+    candidates: Mapping[str, Recipe | RecipeFor | Arm]
     seeds: tuple[int, ...]
 
 
@@ -202,10 +203,14 @@ def tuning_jobs(study: Study) -> Iterator[Job]:
 def final_jobs(study: Study, rows: list[dict[str, Any]]) -> Iterator[Job]:
     """The runs that are reported, with the candidates that tuning chose."""
     for name, part in study.parts.items():
+        tuned = [arm for arm, what in part.arms.items() if isinstance(what, Tuned)]
+        tries: dict[str, list[dict[str, Any]]] = {arm: [] for arm in tuned}
+        for row in rows:
+            if row["part"] == name and row["tuning"] and row["arm"] in tries:
+                tries[row["arm"]].append(row)
+        candidates = {arm: chosen(study, name, arm, tries[arm]) for arm in tuned}
         for seed in part.seeds:
-            for arm, what in part.arms.items():
-                candidate = chosen(study, name, arm, rows) if isinstance(what, Tuned) else None
-                yield Job(name, arm, candidate, seed, False)
+            yield from (Job(name, arm, candidates.get(arm), seed, False) for arm in part.arms)
 
 
 def every_job(study: Study) -> Iterator[Job]:
@@ -228,12 +233,17 @@ def chosen(study: Study, part: str, arm: str, rows: list[dict[str, Any]]) -> str
     means = {}
     for candidate in what.candidates:
         jobs = [Job(part, arm, candidate, seed, True) for seed in what.seeds]
-        values = [_value(study, job, rows) for job in jobs]
-        means[candidate] = float(np.mean([v["value"] if v["value"] is not None else -np.inf for v in values]))
+        means[candidate] = float(np.mean([_on_validation(_value(study, job, rows)["value"]) for job in jobs]))
     best = max(means, key=lambda candidate: means[candidate])
     if means[best] == -np.inf:
         raise StudyOutdated(f"every candidate of {arm!r} diverged: {', '.join(what.candidates)}")
     return best
+
+
+def _on_validation(value: Any) -> float:
+    """What a candidate's run is judged by; of one that diverged, less than anything."""
+    found = value.get("val_accuracy") if isinstance(value, Mapping) else value
+    return -math.inf if found is None else found
 
 
 def run_job(study: Study, job: Job, identity: str) -> dict[str, Any]:

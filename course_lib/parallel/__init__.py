@@ -130,6 +130,7 @@ from course_lib.parallel.launching import (
     LaunchTimeout,
     RankFailed,
     World,
+    in_turn,
     launch,
     process_group,
 )
@@ -208,6 +209,7 @@ __all__ = [
     "hogwild",
     "in_buckets",
     "in_network_time",
+    "in_turn",
     "largest_stable_rate",
     "launch",
     "local_loss",

@@ -4,6 +4,7 @@
 name               what it does
 =================  ====================================================================================================
 ``launch``         runs ``fn`` once in each of N new processes; returns their N results, or raises what went wrong
+``in_turn``        to be launched: several jobs one after the other, so that processes are started only once
 ``process_group``  joins the processes to a group that can communicate, for the length of a ``with`` block
 ``World``          who a process is: its rank, the size of the group, its device
 ``RankFailed``     a process raised, or was killed: its own traceback, or the signal
@@ -32,7 +33,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -156,6 +157,15 @@ class LaunchTimeout(TimeoutError):
 
 
 # --- In the parent: launch --------------------------------------------------------------------------------------------
+
+
+def in_turn(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Call each of ``jobs`` and return what they returned, in order; to be run by ``launch``.
+
+    ``launch(in_turn, 2, [partial(train, "a"), partial(train, "b")])`` starts two processes for both jobs, where two
+    calls of ``launch`` would start four.
+    """
+    return [job() for job in jobs]
 
 
 def launch(

@@ -236,8 +236,9 @@ def _as_html(text: str) -> NotebookNode:
 
 
 def _table(output: NotebookNode) -> str:
-    """A table of pandas without its own style sheet and frame, which know no dark theme."""
+    """A table of pandas without its own style sheet and frame, which know no dark theme; chapters become pages."""
     text = re.sub(r"<style\b.*?</style>", "", html_of(output), flags=re.DOTALL)
+    text = re.sub(r'(<a href="\d\d_\w+)\.ipynb([#"])', r"\1.html\2", text)
     return text.replace(' border="1"', "").replace(' class="dataframe"', "")
 
 

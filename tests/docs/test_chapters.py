@@ -160,3 +160,11 @@ def test_a_formula_that_is_none_is_named() -> None:
     assert "<math" in typeset(r"\frac{1}{B}", True)
     with pytest.raises(ValueError, match=r"KaTeX parse error: Unexpected end of input"):
         typeset(r"\frac{1", False)
+
+
+def test_a_link_in_a_table_leads_to_the_other_chapter_s_page(tmp_path: Path) -> None:
+    there = '<a href="08_pruning.ipynb#52-which">8</a>, <a href="https://example.org/a.ipynb#b">outside</a>'
+    made = page(tmp_path, code("x", **{"text/html": f"<table><tr><td>{there}</td></tr></table>"}))
+    text = html_of(made.cells)
+    assert "08_pruning.html#52-which" in text
+    assert "a.ipynb#b" in text

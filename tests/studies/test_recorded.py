@@ -8,6 +8,7 @@ from course_lib.lab.fingerprints import fingerprint
 from course_lib.lab.studies import (
     Book,
     Job,
+    Tuned,
     arm_fingerprint,
     declared,
     final_jobs,
@@ -16,7 +17,7 @@ from course_lib.lab.studies import (
     study_file,
     tuning_jobs,
 )
-from course_lib.studies import chapter_01, chapter_03
+from course_lib.studies import chapter_01, chapter_03, chapter_17
 
 CHAPTERS = tuple(sorted(path.stem.removeprefix("chapter_") for path in study_file("02").parent.glob("*.jsonl")))
 
@@ -118,6 +119,7 @@ def test_a_whole_run_on_drawn_digits_is_repeated_anywhere(chapter, part, arm, mo
 @pytest.mark.parametrize(
     ("chapter", "part", "arm", "names", "within"),
     [
+        ("07", "messages", "sign, feedback", ("test accuracy", "kB sent a worker"), 0.02),
         ("12", "width", "16", ("alone", "plain_middle", "weights_middle", "activations_middle"), 0.03),
         ("13", "domains", "target's labels", ("target", "target, own statistics"), 0.01),
     ],
@@ -129,11 +131,26 @@ def test_a_whole_run_on_mnist_is_repeated_where_it_lies(chapter, part, arm, name
     book, declared_part = Book(study_file(chapter), read_only=True), declared(chapter).parts[part]
     data = data_at_hand(declared_part)
     assert fingerprint(data) == next(own["data"][part] for own in reversed(book.sessions) if part in own["data"])
-    (row, *_) = (r for r in book.rows if r["part"] == part and r["arm"] == arm)
+    (row, *_) = (r for r in book.rows if r["part"] == part and r["arm"] == arm and not r["tuning"])
+    what = declared_part.arms[arm]
+    run = what.candidates[row["candidate"]] if isinstance(what, Tuned) else what
     with one_thread():
-        again = declared_part.arms[arm](data, row["seed"])
+        again = run(data, row["seed"])
     for name in names:
         assert again[name] == pytest.approx(row["value"][name], abs=within), name
+
+
+def test_a_run_of_the_scaling_laws_is_repeated_anywhere(monkeypatch):
+    """The first seed's smallest runs need the first block of examples alone."""
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    book, width = Book(study_file("17"), read_only=True), 32
+    name = chapter_17.arm(width, chapter_17.BLOCK)
+    (row,) = (r for r in book.rows if r["arm"] == name and r["seed"] == 0 and not r["tuning"])
+    with one_thread():
+        data = chapter_17.glyphs(blocks=1)
+        lr = float(row["candidate"])
+        again = chapter_17.trained(data, 0, width=width, examples=chapter_17.BLOCK, lr=lr)
+    assert again == {name: pytest.approx(value, rel=0.02, abs=0.01) for name, value in row["value"].items()}
 
 
 def offline(name, folder):

@@ -1,0 +1,1 @@
+"""Tests of the classroom kit: ``make class-test``."""

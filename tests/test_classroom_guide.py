@@ -1,0 +1,69 @@
+"""The instructor's guide speaks of the chapters as they stand: its links, its minutes, its questions, its exercises."""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from course_lib.lab.chapters import CHAPTERS, Chapter
+from course_lib.outlook.links import address
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "classroom" / "guide"
+LINK = re.compile(r"\]\(\.\./\.\./notebooks/([^)#]+)(?:#([^)]+))?\)")
+PARTS = (
+    "Plan",
+    "The questions to ask",
+    "Three discussions",
+    "Mistakes you will see",
+    "If time is short",
+    "For the quick",
+    "Traps for the instructor",
+)
+
+
+@lru_cache
+def cells(file: str) -> list[tuple[str, str]]:
+    """Kind and source of each cell."""
+    notebook = json.loads((ROOT / "notebooks" / file).read_text(encoding="utf-8"))
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+
+
+@lru_cache
+def anchors(file: str) -> frozenset[str]:
+    """Of all headings."""
+    number = int(file[:2])
+    text = "\n".join(source for kind, source in cells(file) if kind == "markdown")
+    return frozenset(address(number, found).split("#")[1] for found in re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in GUIDE.glob("*.md")))
+def test_every_link_leads_to_a_section(page: str) -> None:
+    for file, anchor in LINK.findall((GUIDE / page).read_text(encoding="utf-8")):
+        assert (ROOT / "notebooks" / file).is_file(), f"{page}: {file}"
+        assert not anchor or anchor in anchors(file), f"{page}: {file}#{anchor}"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
+def test_every_chapter_has_its_page(chapter: Chapter) -> None:
+    text = (GUIDE / f"{chapter.nn}_{chapter.name}.md").read_text(encoding="utf-8")
+    assert "**Aim.**" in text
+    assert [part for part in re.findall(r"^## (.+)$", text, re.MULTILINE) if part in PARTS] == list(PARTS)
+    code = "\n".join(source for kind, source in cells(chapter.file) if kind == "code")
+    asked = set(re.findall(r'^predict\(\s*"(\d\d\.[a-z])"', code, re.MULTILINE))
+    assert asked <= set(re.findall(r"\b\d\d\.[a-z]\b", text)), "a question that the guide does not name"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
+def test_the_minutes_of_a_plan_add_up(chapter: Chapter) -> None:
+    """The last row of the plan is the sum of those above, column by column."""
+    text = (GUIDE / f"{chapter.nn}_{chapter.name}.md").read_text(encoding="utf-8")
+    plan = text[text.index("## Plan") : text.index("## The questions to ask")]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in plan.splitlines() if line[:1] == "|"]
+    numbers = [[cell.strip("*") for cell in row[:3]] for row in rows[2:]]
+    *parts, total = [[int(cell) if cell.isdecimal() else 0 for cell in row] for row in numbers]
+    assert [sum(column) for column in zip(*parts, strict=True)] == total
+    assert total[0] == 30
+    assert total[1] == 90
