@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+from course_lib.proving import nbval_plugin
 from course_lib.proving.figures import FIGURE_MIME, describe_figure
 from course_lib.proving.leftovers import Traces
 from course_lib.proving.nbval_plugin import (
@@ -123,6 +124,17 @@ def test_timing_forgives_numbers_but_not_nan() -> None:
     assert output_differences(stored, fresh, None) == []
     assert "not finite" in output_differences(stored, [figure([np.nan, 2]), printed("3 ms")], None)[0]
     assert "not finite" in output_differences(stored, [figure([1, 2]), printed("nan ms")], None)[0]
+
+
+@pytest.mark.parametrize(("tags", "native", "agrees"), [(["processor"], False, True), (["processor"], True, False),
+                                                        ([], False, False)])  # fmt: skip
+def test_the_tag_processor_forgives_where_bfloat16_is_emulated(
+    tags: list[str], native: bool, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbval_plugin, "multiplies_bfloat16", lambda: native)
+    item = object.__new__(nbval_plugin.CourseCell)
+    item.cell = nbformat.v4.new_code_cell("x", metadata={"tags": tags})
+    assert item.compare_outputs([printed("it shrinks")], [printed("it grows")]) == agrees
 
 
 def test_tags_of_a_cell() -> None:
