@@ -78,8 +78,8 @@ def test_the_order_of_the_question_and_repetitions_do_not_matter():
 def test_only_some_chapters_or_prices():
     assert {f.chapter for f in relieving(HURTS, chapters=[5, 11])} == {5, 11}
     assert {f.takes for f in relieving(HURTS, takes=["data"])} == {"data"}
-    assert advise(["memory"], chapters=[7]).empty
-    assert list(advise(["memory"], chapters=[7]).columns) == list(COLUMNS)
+    assert advise(["memory"], chapters=[2]).empty
+    assert list(advise(["memory"], chapters=[2]).columns) == list(COLUMNS)
 
 
 def test_bad_questions_are_refused():

@@ -10,7 +10,7 @@ import pytest
 from course_lib.lab.chapters import CHAPTERS, Chapter
 from course_lib.outlook.links import address
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "classroom" / "guide"
 LINK = re.compile(r"\]\(\.\./\.\./notebooks/([^)#]+)(?:#([^)]+))?\)")
 PARTS = (
