@@ -242,8 +242,10 @@ def chosen(study: Study, part: str, arm: str, rows: list[dict[str, Any]]) -> str
 
 def _on_validation(value: Any) -> float:
     """What a candidate's run is judged by; of one that diverged, less than anything."""
-    found = value.get("val_accuracy") if isinstance(value, Mapping) else value
-    return -math.inf if found is None else found
+    if isinstance(value, Mapping):
+        require("candidates", list(value), lambda names: "val_accuracy" in names, "functions that return val_accuracy")
+        value = value["val_accuracy"]
+    return -math.inf if value is None else value
 
 
 def run_job(study: Study, job: Job, identity: str) -> dict[str, Any]:

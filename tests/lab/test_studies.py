@@ -16,8 +16,18 @@ import torch
 
 from course_lib.lab import studies
 from course_lib.lab.experiments import mean_interval
-from course_lib.lab.studies import Book, Job, StudyOutdated, chosen, declared, read, repeat_first_epoch, run_study
-from course_lib.lab.training import evaluate, fit, fresh
+from course_lib.lab.studies import (
+    Book,
+    Job,
+    StudyOutdated,
+    Tuned,
+    chosen,
+    declared,
+    read,
+    repeat_first_epoch,
+    run_study,
+)
+from course_lib.lab.training import Diverged, evaluate, fit, fresh
 from tests.lab.small_study import RUNS, STUDY, a_batch_an_epoch, recipe, several
 from tests.lab.test_training import blobs, network
 
@@ -71,6 +81,33 @@ def test_tuning_chooses_by_the_validation_split_with_seeds_of_its_own(undisturbe
     assert row["value"] == history["val_accuracy"][-1]
     lost = [row | {"value": None} if row["candidate"] == "lr 0.3" and row["seed"] == 10 else row for row in rows]
     assert chosen(STUDY, "recipes", "tuned", lost) == "lr 0.001"  # one run diverged: the candidate is out
+
+
+def judged(data, seed, *, setting):
+    """Best on the validation split at 2, best on the test split at 3; at 4 the first run diverges."""
+    if setting == 4 and seed == 10:
+        raise Diverged(math.inf, 1, 1, 0.1)
+    return {"val_accuracy": {2: 0.9, 3: 0.8, 4: 1.0}[setting] + 0.001 * seed, "test": setting / 10}
+
+
+def unjudged(data, seed):
+    return {"test": 1.0}
+
+
+def test_candidates_that_are_functions_say_what_they_are_judged_by(tmp_path):
+    arms = {"tuned": Tuned({f"at {k}": partial(judged, setting=k) for k in (3, 2, 4)}, (10, 11))}
+    study = replace(STUDY, parts={"functions": replace(STUDY.parts["functions"], arms=arms)})
+    assert run_study(study, tmp_path / "study.jsonl", workers=1) == 6 + 2
+    found = read(study, tmp_path / "study.jsonl", "functions", of="test")
+    assert found.chosen == {"tuned": "at 2"}
+    assert found.values["tuned"].tolist() == [0.2, 0.2]
+
+
+def test_a_candidate_that_does_not_say_it_is_named(tmp_path):
+    arms = {"tuned": Tuned({"silent": unjudged}, (10,))}
+    study = replace(STUDY, parts={"functions": replace(STUDY.parts["functions"], arms=arms)})
+    with pytest.raises(ValueError, match=r"candidates=\['test'\]: must be functions that return val_accuracy"):
+        run_study(study, tmp_path / "study.jsonl", workers=1)
 
 
 def test_a_run_may_measure_several_numbers(undisturbed):

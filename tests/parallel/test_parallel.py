@@ -143,7 +143,7 @@ def test_results_come_by_rank(world_size: int) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_jobs_in_turn_return_what_they_return_alone(nothing_left: None) -> None:
+def test_jobs_in_turn_return_what_they_return_alone() -> None:
     """Each joins a group of its own, as in a launch of its own."""
     jobs = [functools.partial(functions.gather, offset=k) for k in (2, 5)]
     alone = [launch(job, 2) for job in jobs]
@@ -151,6 +151,7 @@ def test_jobs_in_turn_return_what_they_return_alone(nothing_left: None) -> None:
     assert launch(parallel.in_turn, 2, jobs) == [list(each) for each in zip(*alone, strict=True)]
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_partial_function_can_be_launched() -> None:
     assert launch(functools.partial(functions.echo, 1), 2, "x", timeout=30) == [(1, "x")] * 2
 
