@@ -4,7 +4,7 @@
 ``findings``         what the course's studies found, sorted by what it relieves; each figure read when it is asked for
 ``adviser``          ``advise``, ``advice_table``, ``adviser``: the same as a frame, a table, an explorer
 ``pairs``            what is known of two techniques together, measured or cited, and the matrix of it
-``scaling_laws``     power laws of parameters and examples: fits, the best split of a budget, extrapolation
+``scaling_laws``     the law of parameters and examples: its fit, the best split of a budget, extrapolation
 ``run_cost``         time, energy, money and carbon of a run; failures and checkpoints
 ===================  ===================================================================================================
 """
@@ -26,10 +26,8 @@ from course_lib.outlook.run_cost import (
 from course_lib.outlook.scaling_laws import (
     Extrapolation,
     JointLaw,
-    PowerLaw,
     extrapolate,
     fit_joint_law,
-    fit_power_law,
 )
 
 __all__ = [
@@ -42,7 +40,6 @@ __all__ = [
     "Finding",
     "JointLaw",
     "Pair",
-    "PowerLaw",
     "RunCost",
     "advice_table",
     "advise",
@@ -51,7 +48,6 @@ __all__ = [
     "compare_with_published",
     "extrapolate",
     "fit_joint_law",
-    "fit_power_law",
     "goodput",
     "run_cost",
     "sensitivity",

@@ -3,10 +3,8 @@ r"""Scaling laws: how a loss falls with parameters and examples, and what a fit 
 ==================  =====================================================  ============================================
 name                what it computes                                       source
 ==================  =====================================================  ============================================
-PowerLaw            :math:`c + a\,n^{-b}` of one quantity                  Hestness et al. 2017, arXiv:1712.00409
 JointLaw            :math:`E + A\,N^{-\alpha} + B\,D^{-\beta}`             Hoffmann et al. 2022, arXiv:2203.15556
-fit_power_law       the one, from runs                                     least squares of logarithms
-fit_joint_law       the other                                              Hoffmann et al. 2022, approach 3; scale of
+fit_joint_law       its five numbers, from runs                            Hoffmann et al. 2022, approach 3; scale of
                                                                            the objective: Besiroglu et al. 2024,
                                                                            arXiv:2404.10102
 extrapolate         fits what was cheap, and compares with what was dear
@@ -33,19 +31,6 @@ from course_lib.lab.arguments import is_number, require
 
 Array = np.ndarray
 OPERATIONS = 6.0  # for each parameter and example
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    r"""A loss that falls with one quantity: :math:`L(n) = c + a\,n^{-b}`."""
-
-    a: float
-    b: float
-    c: float = 0.0
-
-    def __call__(self, n: Any) -> Any:
-        """The loss at ``n``, a number or an array."""
-        return self.c + self.a * np.asarray(n, dtype=float) ** -self.b
 
 
 @dataclass(frozen=True)
@@ -83,45 +68,7 @@ class JointLaw:
         return g * pairs ** (self.beta / together), pairs ** (self.alpha / together) / g
 
 
-# --- One quantity -----------------------------------------------------------------------------------------------------
-
-
-def fit_power_law(n: Sequence[float], loss: Sequence[float], *, floor: bool = True) -> PowerLaw:
-    r"""Fit :math:`c + a\,n^{-b}` by least squares of the logarithm of the loss.
-
-    Without a ``floor`` (c = 0) it is a straight line in logarithms, and the answer is exact. With one, c is searched
-    for between 0 and the lowest loss, and a and b follow: a loss on one straight line in logarithms gets c = 0.
-
-    Raises
-    ------
-    ValueError : fewer sizes than numbers to find, or a number that is not above 0.
-    """
-    x, y = _positive(n=n, loss=loss)
-    _enough("n", [x], 3 if floor else 2)
-    line = _line(x, y, 0.0)
-    if not floor:
-        return line
-    lowest = float(y.min())
-    grid = lowest * (1 - np.geomspace(1e-6, 1, 200))  # dense where the loss is nearly all floor
-    errors = [_squares(_line(x, y, c)(x), y) for c in grid]
-    k = int(np.argmin(errors))
-    bounds = grid[min(k + 1, len(grid) - 1)], grid[max(k - 1, 0)]
-    found = optimize.minimize_scalar(lambda c: _squares(_line(x, y, c)(x), y), bounds=bounds, method="bounded")
-    candidates = [0.0, float(grid[k]), float(found.x)]
-    return min((_line(x, y, c) for c in candidates), key=lambda law: _squares(law(x), y))
-
-
-def _line(n: Array, loss: Array, c: float) -> PowerLaw:
-    """The straight line through the logarithms of what lies above a floor ``c``."""
-    slope, start = np.polyfit(np.log(n), np.log(np.maximum(loss - c, 1e-300)), 1)
-    return PowerLaw(float(math.exp(start)), float(-slope), c)
-
-
-def _squares(predicted: Array, loss: Array) -> float:
-    return float(np.sum(np.log(predicted / loss) ** 2))
-
-
-# --- Two quantities ---------------------------------------------------------------------------------------------------
+# --- The fit ----------------------------------------------------------------------------------------------------------
 
 
 def fit_joint_law(

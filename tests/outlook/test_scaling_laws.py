@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from course_lib.outlook.scaling_laws import JointLaw, PowerLaw, extrapolate, fit_joint_law, fit_power_law
+from course_lib.outlook.scaling_laws import JointLaw, extrapolate, fit_joint_law
 
 CHINCHILLA = JointLaw(1.69, 406.4, 0.34, 410.7, 0.28)  # Hoffmann et al. 2022, section D.2
 SIZES = np.array([1e6, 1e7, 1e8, 1e9])
@@ -16,39 +16,7 @@ def grid(sizes=SIZES, amounts=100 * SIZES):
 
 
 def test_laws_are_their_formulas():
-    assert PowerLaw(2.0, 0.5, 0.1)(4) == pytest.approx(0.1 + 2 / 2)
     assert JointLaw(1.0, 2.0, 0.5, 8.0, 1.0)(16, 4) == pytest.approx(1 + 2 / 4 + 8 / 4)
-    np.testing.assert_allclose(PowerLaw(1.0, 1.0)([1, 2, 4]), [1, 0.5, 0.25])
-
-
-@pytest.mark.parametrize("law", [PowerLaw(3.0, 0.4), PowerLaw(0.02, 1.3), PowerLaw(2.0, 0.5, 0.1), PowerLaw(5, 0.3, 2)])
-def test_a_power_law_is_found_again(law):
-    n = np.geomspace(10, 1e5, 9)
-    found = fit_power_law(n, law(n))
-    assert (found.a, found.b, found.c) == pytest.approx((law.a, law.b, law.c), rel=1e-3, abs=1e-5)
-
-
-def test_without_a_floor_it_is_the_line_through_the_logarithms():
-    n, loss = np.array([1.0, 3, 10, 40]), np.array([2.0, 1.5, 0.7, 0.45])
-    slope, start = np.polyfit(np.log(n), np.log(loss), 1)
-    found = fit_power_law(n, loss, floor=False)
-    assert (found.a, found.b, found.c) == pytest.approx((np.exp(start), -slope, 0))
-
-
-def test_with_noise_the_floor_is_that_of_scipys_search():
-    rng = np.random.default_rng(0)
-    n = np.geomspace(10, 1e4, 12)
-    loss = PowerLaw(2.0, 0.5, 0.1)(n) * np.exp(rng.normal(0, 0.02, 12))
-
-    def error(theta):
-        return np.sum((np.log(loss) - np.log(np.exp(theta[2]) + np.exp(theta[0]) * n ** -theta[1])) ** 2)
-
-    found = fit_power_law(n, loss)
-    # Ours takes a and b from the line above each floor; the search is free in all three
-    best = optimize.minimize(error, [0.7, 0.5, np.log(0.1)], method="Nelder-Mead", options={"maxiter": 4000})
-    ours = np.sum((np.log(loss) - np.log(found(n))) ** 2)
-    assert ours <= 1.25 * best.fun
-    assert found.c == pytest.approx(np.exp(best.x[2]), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -129,17 +97,15 @@ def test_extrapolation_sees_only_the_cheap_runs():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: fit_power_law([1, 2, 3], [1, 0.5, -0.1]), "loss holds -0.1: every number must be above 0"),
-        (lambda: fit_power_law([1, 2, 3], [1, 0.5]), "loss has shape"),
-        (lambda: fit_power_law([1, 2, 2], [1, 0.5, 0.4]), "n holds 2 different values: the law needs at least 3"),
-        (lambda: fit_power_law([1, 1], [1, 0.5], floor=False), "n holds 1 different"),
+        (lambda: fit_joint_law([1, 2, 3], [1, 2, 3], [1, 0.5, -0.1]), "loss holds -0.1: every number must be above 0"),
+        (lambda: fit_joint_law([1, 2, 3], [1, 2, 3], [1, 0.5]), "loss has shape"),
         (lambda: fit_joint_law([1, 2], [1, 2], [1, 0.5]), "loss holds 2 different values: the law needs at least 6"),
         (lambda: fit_joint_law([1] * 6, [1, 2, 3, 4, 5, 6], [1] * 6), "parameters holds 1 different"),
         (lambda: fit_joint_law([1, 2, 3] * 2, [1] * 6, [1] * 6), "examples holds 1 different"),
         (lambda: fit_joint_law(*grid(), CHINCHILLA(*grid()), delta=0), "delta=0: must be a number above 0"),
         (lambda: CHINCHILLA.best(0), "operations=0: must be a number above 0"),
         (lambda: extrapolate(*grid(), CHINCHILLA(*grid()), largest=1e30), "largest=1e"),
-        (lambda: fit_power_law([1, 2, float("nan")], [1, 1, 1]), "n holds nan"),
+        (lambda: fit_joint_law([1, 2, float("nan")], [1, 2, 3], [1, 1, 1]), "parameters holds nan"),
     ],
 )
 def test_what_cannot_be_fitted_is_named(call, words):
