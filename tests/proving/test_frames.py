@@ -55,7 +55,7 @@ def test_stored_frames_are_whole(chapter) -> None:
         assert set(one["grid"]) == set(range(len(one["frames"]))), "each frame is there, and is shown somewhere"
         assert {index for frame in one["frames"] for index in frame} == set(range(len(one["pieces"])))
         assert len(set(one["pieces"])) == len(one["pieces"])
-        assert len(one["frames"]) <= 1.1 * frames.DRAWN  # a slider has three positions at least
+        assert len(one["frames"]) <= frames.DRAWN
         for control in one["controls"]:
             assert len(set(control["shown"])) == len(control["shown"]), "positions are told apart"
             assert control["shown"][control["start"]]
