@@ -7,6 +7,7 @@ name                    what it does or gives                                  s
 ``quantise_onnx``       int8 weights and activations, ranges from batches      Jacob et al. 2017, arXiv:1712.05877
 ``dynamic_onnx``        int8 weights; ranges of activations found in each run  Krishnamoorthi 2018, arXiv:1806.08342
 ``session``, ``run``    the file in ONNX Runtime, and its answer
+``products_saturate``   whether this processor clips 8-bit products            Intel's manual, VPMADDUBSW
 ``float_weights``       the weights in such a file, by name
 ``int8_weights``        the same of a quantised one: integers and scales
 ``torch_static``        what ``quantise_onnx`` does, in torch's own kernels    Jacob et al. 2017
@@ -25,6 +26,7 @@ imported when they are needed. Engines run on the CPU here.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import os
@@ -90,7 +92,7 @@ def quantise_onnx(
     batches: Iterable[Tensor],
     *,
     per_channel: bool = True,
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
     operators: Sequence[str] | None = None,
 ) -> Path:
     """Write a file with int8 weights and 8-bit activations, whose ranges are those seen on ``batches``.
@@ -103,7 +105,8 @@ def quantise_onnx(
     ----------
     batches : inputs ``[N, ...]`` for calibration; of as many examples each as memory allows.
     per_channel : a scale for each output of a layer in place of one for all.
-    reduce_range : weights of 7 bits, for older processors whose int8 products can overflow (x86 before VNNI).
+    reduce_range : weights of 7 bits, for processors that clip the products of 8 (``products_saturate``). None: where
+        this one does. Decide by the processor that is to run the file.
     operators : the ONNX names of those to quantise (``["Conv", "MatMul", "Gemm"]``); all that can be by default.
 
     Returns
@@ -128,7 +131,7 @@ def quantise_onnx(
             _Reader(given),
             quant_format=QuantFormat.QDQ,
             per_channel=per_channel,
-            reduce_range=reduce_range,
+            reduce_range=products_saturate() if reduce_range is None else reduce_range,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
             op_types_to_quantize=None if operators is None else [*operators],
@@ -137,12 +140,17 @@ def quantise_onnx(
 
 
 def dynamic_onnx(
-    path: str | Path, out: str | Path, *, per_channel: bool = True, operators: Sequence[str] = ("MatMul", "Gemm")
+    path: str | Path,
+    out: str | Path,
+    *,
+    per_channel: bool = True,
+    reduce_range: bool | None = None,
+    operators: Sequence[str] = ("MatMul", "Gemm"),
 ) -> Path:
     """Write a file with int8 weights; the range of each activation is found anew in each run, so no batch is needed.
 
     Linear layers alone by default: ONNX Runtime's convolution for this case (ConvInteger) is several times slower than
-    that of float32. Returns the path ``out``.
+    that of float32. ``reduce_range`` is as for ``quantise_onnx``. Returns the path ``out``.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -151,10 +159,35 @@ def dynamic_onnx(
             Path(path),
             Path(out),
             per_channel=per_channel,
+            reduce_range=products_saturate() if reduce_range is None else reduce_range,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=[*operators],
         )
     return Path(out)
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether ONNX Runtime's int8 products can come out wrong on this processor: asked of the engine, with two.
+
+    255 x 127 twice makes 64,770. x86 processors before VNNI multiply unsigned by signed bytes with an instruction
+    (VPMADDUBSW) that adds pairs of products in 16 signed bits and clips them at 32,767.
+    """
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 2]),
+        helper.make_tensor_value_info("y", TensorProto.INT32, [1, 1]),
+    ]
+    weight = numpy_helper.from_array(np.full((2, 1), 127, np.int8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "two products", ends[:1], ends[1:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    loaded = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = loaded.run(None, {"x": np.full((1, 2), 255, np.uint8)})
+    return int(y.item()) != 2 * 255 * 127
 
 
 def session(path: str | Path, threads: int = 1) -> Any:

@@ -110,7 +110,7 @@ def test_the_weights_in_the_file(model: nn.Module, path: Path) -> None:
 def test_the_integers_of_onnx_runtime_are_ours(
     path: Path, tmp_path: Path, settings: dict[str, Any], granularity: Any
 ) -> None:
-    out = engines.quantise_onnx(path, tmp_path / "q.onnx", [normal(4, 2, 6, 6)], **settings)
+    out = engines.quantise_onnx(path, tmp_path / "q.onnx", [normal(4, 2, 6, 6)], reduce_range=False, **settings)
     found, floats = engines.int8_weights(out), engines.float_weights(path)
     assert found.keys() == floats.keys()
     for name, weight in found.items():
@@ -129,16 +129,43 @@ def test_seven_bits_for_older_processors(path: Path, tmp_path: Path) -> None:
     assert torch.equal(integers, torch.round(w / (w.abs().amax(1, keepdim=True) / 64)).int())
 
 
+@pytest.mark.parametrize("saturates", [True, False])
+def test_weights_have_seven_bits_where_the_processor_clips_products(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saturates: bool
+) -> None:
+    monkeypatch.setattr(engines, "products_saturate", lambda: saturates)
+    static = engines.quantise_onnx(path, tmp_path / "q.onnx", [normal(4, 2, 6, 6)])
+    for file in (static, engines.dynamic_onnx(path, tmp_path / "d.onnx")):
+        for weight in engines.int8_weights(file).values():
+            assert weight.integers.abs().max() == (64 if saturates else 127)
+    if not saturates:
+        return
+    for chosen, most in ((False, 127), (True, 64)):
+        file = engines.dynamic_onnx(path, tmp_path / f"{chosen}.onnx", reduce_range=chosen)
+        assert engines.int8_weights(file)["head.weight"].integers.abs().max() == most
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's instructions are read from Linux")
+def test_whether_products_saturate_is_asked_of_the_engine() -> None:
+    """Instructions for sums of four products (VNNI) never clip; x86 processors without them do."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    newer = flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
+    if "avx2" not in flags:
+        pytest.skip("not an x86 processor of the kind in question")
+    assert engines.products_saturate() == (not newer)
+
+
 def test_dynamic_quantisation_leaves_convolutions_alone(model: nn.Module, path: Path, tmp_path: Path) -> None:
-    out = engines.dynamic_onnx(path, tmp_path / "d.onnx")
+    out = engines.dynamic_onnx(path, tmp_path / "d.onnx", reduce_range=False)
     found, floats = engines.int8_weights(out), engines.float_weights(path)
     assert found.keys() == floats.keys() - {"conv.weight"}
     for name, weight in found.items():
         assert torch.equal(weight.integers, quantise_weight(floats[name], Grid(8)).integers), name
     x = normal(9, 2, 6, 6, seed=3)
     wanted = answer(model, x)
-    assert (engines.run(engines.session(out), x) - wanted).abs().max() < 0.05 * wanted.abs().max()
-    per_tensor = engines.dynamic_onnx(path, tmp_path / "t.onnx", per_channel=False)
+    near = engines.session(engines.dynamic_onnx(path, tmp_path / "here.onnx"))
+    assert (engines.run(near, x) - wanted).abs().max() < 0.05 * wanted.abs().max()
+    per_tensor = engines.dynamic_onnx(path, tmp_path / "t.onnx", per_channel=False, reduce_range=False)
     weight = engines.int8_weights(per_tensor)["head.weight"]
     assert weight.scales.shape == (1, 1)
     assert torch.equal(weight.integers, quantise_weight(floats["head.weight"], Grid(8), "tensor").integers)
@@ -186,7 +213,8 @@ def test_the_engine_computes_what_its_integers_say(tmp_path: Path) -> None:
 
     x = 2 * normal(50, 40, seed=5)
     exact = F.relu(F.linear(every, weight.double(), bias.double()))
-    inner = F.linear(on_grid(x.double(), every)[0], quantise_weight(weight, Grid(8)).dequantise().double())
+    (integers,) = engines.int8_weights(small).values()  # of 8 bits, or 7 where the processor asks for it
+    inner = F.linear(on_grid(x.double(), every)[0], integers.dequantise().double())
     wanted, step = on_grid(F.relu(inner + bias), exact)
     apart = (engines.run(loaded, x) - wanted).abs()
     assert apart.max() < 1.01 * step
