@@ -56,6 +56,25 @@ def test_every_chapter_has_its_page(chapter: Chapter) -> None:
     assert asked <= set(re.findall(r"\b\d\d\.[a-z]\b", text)), "a question that the guide does not name"
 
 
+def measured(file: str) -> dict[str, str]:
+    """What the stored outputs say came out, by prediction."""
+    found: dict[str, str] = {}
+    for cell in json.loads((ROOT / "notebooks" / file).read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            said = "".join(output.get("data", {}).get("text/plain", ""))
+            if match := re.fullmatch(r"(\d\d\.[a-z]), .* Measured: (.*)\.", " ".join(said.split())):
+                found[match[1]] = match[2]
+    return found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
+def test_what_came_out_is_what_the_notebook_stores(chapter: Chapter) -> None:
+    text = (GUIDE / f"{chapter.nn}_{chapter.name}.md").read_text(encoding="utf-8")
+    wanted = "; ".join(f"{key} {value}" for key, value in measured(chapter.file).items())
+    assert wanted
+    assert f"**Measured, in the stored outputs:** {wanted}. " in text, f"the line is to say: {wanted}."
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
 def test_the_minutes_of_a_plan_add_up(chapter: Chapter) -> None:
     """The last row of the plan is the sum of those above, column by column."""
