@@ -8,6 +8,7 @@ A few environment variables decide; each has a good default:
 ``COURSE_DATA``     the folder where data sets lie, which may be read-only; default: ``data/`` of the checkout
 ``COURSE_HOME``     the folder for what is yours: exercises and guesses; default: ``~/.craft-of-training``
 ``COURSE_LEARNER``  your name, where several people share that folder; default: the system's name of you
+``COURSE_CORES``    how many processor cores to use at most, for a machine that others share; default: all
 ``COURSE_PROGRESS`` ``off`` silences progress bars
 ``CI``              set by build servers; silences progress bars too
 ==================  ===================================================================================
@@ -205,8 +206,19 @@ def describe_machine() -> pd.DataFrame:
 
 
 def usable_cores() -> int:
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processor cores this process may use: what the system grants, and not more than ``COURSE_CORES``.
+
+    Raises
+    ------
+    ValueError : ``COURSE_CORES`` is no whole number from 1.
+    """
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("COURSE_CORES", "").strip()
+    if not wanted:
+        return granted
+    if not wanted.isascii() or not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"COURSE_CORES={wanted!r} is not a number of cores; it must be a whole number from 1")
+    return min(granted, int(wanted))
 
 
 def total_memory() -> int | None:

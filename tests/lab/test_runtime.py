@@ -1,5 +1,6 @@
 """Where the course runs: the environment's wishes are followed, and a machine that lacks something is told what."""
 
+import os
 import random
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ VARIABLES = (
     "COURSE_DATA",
     "COURSE_HOME",
     "COURSE_LEARNER",
+    "COURSE_CORES",
     "COURSE_PROGRESS",
     "COURSE_VALIDATING",
     "CI",
@@ -312,6 +314,18 @@ def test_everybodys_name_in_a_shared_folder_is_asked_for_once(tmp_path: Path, mo
     monkeypatch.setattr(runtime, "in_notebook", lambda: True)
     assert [runtime.learner() for _ in range(3)] == ["Ada_Lovelace"] * 3
     assert len(asked) == 1
+
+
+def test_cores_are_those_granted_and_at_most_those_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    granted = runtime.usable_cores()
+    assert 1 <= granted <= (os.cpu_count() or 1)
+    for wanted, found in (("1", 1), (f" {granted} ", granted), ("9999", granted), ("", granted)):
+        monkeypatch.setenv("COURSE_CORES", wanted)
+        assert runtime.usable_cores() == found
+    for wrong_value in ("0", "two", "-1", "1.5", "\u00b2"):
+        monkeypatch.setenv("COURSE_CORES", wrong_value)
+        with pytest.raises(ValueError, match=rf"COURSE_CORES='{wrong_value}' .* whole number from 1"):
+            runtime.usable_cores()
 
 
 def test_little_memory_and_a_full_disk_are_said_but_do_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.lab.models import mlp, resnet
-from course_lib.lab.tracing import Attention, channel_groups, open_attention
+from course_lib.lab.tracing import Attention, channel_groups, follow, groups_of, open_attention
 
 BLOCKED = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
@@ -85,3 +87,15 @@ def test_groups_of_a_network_that_permute_together() -> None:
                 moved += 1
         assert moved
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_followed_network_does_not_wait_for_the_garbage_collector() -> None:
+    model, x = resnet((1, 8, 8), 5, width=4).eval(), torch.randn(2, 1, 8, 8)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        assert groups_of(follow(model, x))
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -62,13 +62,18 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], keep: Collection[str] = 
     arguments = list(inspect.signature(model.forward).parameters.values())[len(inputs) :]
     # An argument that is not given keeps its default: `if mask is None` is then decided here and now.
     defaults = {a.name: a.default for a in arguments if a.default is not a.empty and a.kind != a.VAR_KEYWORD}
+    tracer = Tracer(keep)
     try:
-        graph = Tracer(keep).trace(model, concrete_args=defaults or None)
+        graph = tracer.trace(model, concrete_args=defaults or None)
     except CannotShrink:
         raise
     except Exception as error:
         raise CannotShrink(_untraceable("", model, error)) from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    # Tracer and graph lie in cycles and know the model: its weights would stay until garbage is next collected.
+    vars(tracer).clear()
+    graph.owning_module = None
+    return traced
 
 
 def _untraceable(name: str, module: nn.Module, error: Exception) -> str:
