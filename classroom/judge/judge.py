@@ -14,7 +14,7 @@ What fits none of these is "for the instructor".
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from classroom.judge import sandbox, wire
 from classroom.judge.process import Lost, Process, Unjudged, stand_in
 from classroom.judge.slices import Slice
 from classroom.student_copy import test_of
+from course_lib.lab import exercises
 from course_lib.lab.exercises import Outcome, check
 from course_lib.lab.judging import Reading
 
@@ -41,11 +42,19 @@ class Patience:
 
 @dataclass(frozen=True)
 class Answer:
-    """An exercise as it was handed in: the learner's cell, and the expression that the check wants."""
+    """An exercise as it was handed in.
+
+    Attributes
+    ----------
+    source : the learner's cell.
+    expression : what the check wants of it.
+    stub : the cell as it was handed out; whoever left it so need not be looked at by the instructor.
+    """
 
     exercise: str
     source: str
     expression: str
+    stub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class Verdict:
         if self.by_hand:
             return None
         return worth if self.outcome.state == "passed" else 0.0
+
+    def __str__(self) -> str:
+        return f"○ Exercise {self.outcome.exercise} is {self.outcome.message}" if self.by_hand else repr(self.outcome)
 
 
 def judge(
@@ -77,6 +89,7 @@ def judge(
     NoSandbox : nothing of a submission may run here.
     """
     sandbox.bwrap()  # refuse before anything runs
+    exercises._hints_given.clear()  # or a learner's hint would depend on how many were marked before
     with _Submission(chapter, patience or Patience(), limits or sandbox.Limits()) as submission:
         return {answer.exercise: submission.verdict(answer) for answer in answers}
 
@@ -98,6 +111,13 @@ class _Submission(AbstractContextManager["_Submission"]):
         self._drop()
 
     def verdict(self, answer: Answer) -> Verdict:
+        """What is found; an untouched stub earns nothing, whoever would have had to decide."""
+        found = self._found(answer)
+        if found.by_hand and answer.stub is not None and answer.source.strip() == answer.stub.strip():
+            return Verdict(Outcome(answer.exercise, "", "not attempted yet", "your cell is as it was handed out"))
+        return found
+
+    def _found(self, answer: Answer) -> Verdict:
         try:
             outcome = self._judged(answer)
             self._before.append(answer)
@@ -105,8 +125,9 @@ class _Submission(AbstractContextManager["_Submission"]):
         except Lost as lost:
             self._drop()
             return Verdict(Outcome(answer.exercise, "", "not yet right", f"no mark: {lost}"))
-        except Unjudged as error:  # perhaps in the middle of a talk
-            self._drop()
+        except Unjudged as error:
+            if self._process is None or self._process.talking:
+                self._drop()
             self._before.append(answer)
             return _by_hand(answer.exercise, str(error))
         except Exception as error:  # ours, or a check that meets what it did not expect: no mark for, none against
@@ -117,16 +138,23 @@ class _Submission(AbstractContextManager["_Submission"]):
         process = self._ready()
         process.allow(self.patience.exercise)
         trouble = _raised(_run(process, answer))
+        outcome = self._answered(process, answer, trouble)
+        if outcome.state == "not attempted yet" and trouble and not trouble.startswith("NotImplementedError"):
+            return replace(outcome, state="not yet right", message=f"the cell raised {trouble}")  # below its stub
+        return outcome
+
+    def _answered(self, process: Process, answer: Answer, trouble: str) -> Outcome:
         said = process.ask({"do": "answer", "source": answer.expression})
         if raised := _raised(said):
             if raised.startswith("Unfit: "):
-                raise Unjudged(f"the answer is code or an object: {raised}")
+                raise Unjudged(f"the answer is code or an object ({raised.removeprefix('Unfit: ')})")
             return Outcome(answer.exercise, "", "not yet right", f"the cell raised {trouble or raised}")
         if "callable" in said:
             stub = stand_in(process, [str(name) for name in said["callable"]], str(said.get("name")))
             return check(answer.exercise, stub, record=False)
         if said["value"] in UNTOUCHED or isinstance(test_of(answer.exercise), Reading):
             return check(answer.exercise, wire.decode(said["value"]), record=False)
+        process.allow(self.patience.start + self.patience.design + self.patience.exercise)  # it has to wait meanwhile
         return self._tried(answer.exercise, said["value"])
 
     def _excused(self, outcome: Outcome) -> Verdict | None:
@@ -145,7 +173,7 @@ class _Submission(AbstractContextManager["_Submission"]):
         except Lost as lost:
             raise Unjudged(f"its trial came to no end: {lost}") from None
         if "unfit" in said:
-            raise Unjudged(f"the answer cannot be rebuilt: {said['unfit']}")
+            raise Unjudged(f"the answer cannot be rebuilt ({said['unfit']})")
         return Outcome(exercise, **said["outcome"])
 
     def _ready(self) -> Process:

@@ -17,7 +17,7 @@ from traitlets import Float, Unicode
 
 from classroom.judge.judge import Answer, Patience, Verdict, judge
 from classroom.judge.slices import needed
-from classroom.student_copy import exercise_in, exercise_of, exercises
+from classroom.student_copy import HIDDEN, exercise_in, exercise_of, exercises
 
 EARNED = "classroom_earned"  # in the resources, from `Judge` to `SaveMarks`: points by grade_id, None if by hand
 Resources = dict
@@ -90,6 +90,7 @@ class Judge(NbGraderPreprocessor):
                 about = cell.metadata.nbgrader
                 verdict = verdicts.get(exercise_in(about["grade_id"])[0])
                 earned[about["grade_id"]] = verdict.points(float(about["points"])) if verdict else 0.0
+                cell.source = cell.source.partition(HIDDEN.splitlines()[1])[0].rstrip()  # no news to a learner
                 cell.outputs = _shown(verdict) if verdict else []
                 cell.execution_count = None
         resources[EARNED] = earned
@@ -105,15 +106,16 @@ def verdicts_on(
         exercise, part = exercise_in(cell.metadata.get("nbgrader", {}).get("grade_id", ""))
         if part == "answer" and cell.cell_type == "code":
             sources[exercise] = cell.source
-    asked = {exercise.number: exercise.answer for exercise in exercises(chapter)}
-    answers = [Answer(number, sources[number], answer) for number, answer in asked.items() if number in sources]
+    asked = [exercise for exercise in exercises(chapter) if exercise.number in sources]
+    answers = [Answer(each.number, sources[each.number], each.answer, each.stub) for each in asked]
     code = [cell.source for cell in chapter.cells if cell.cell_type == "code" and not exercise_of(cell.source)]
     return judge(answers, needed(code, sources.values()), patience=patience)
 
 
 def _shown(verdict: Verdict) -> list[NotebookNode]:
-    outcome = verdict.outcome
-    said = {"text/plain": repr(outcome), "text/html": outcome._repr_html_()}
+    said = {"text/plain": str(verdict)}
+    if not verdict.by_hand:
+        said["text/html"] = verdict.outcome._repr_html_()
     return [nbformat.v4.new_output("display_data", said)]
 
 

@@ -36,7 +36,13 @@ class Process:
     ----------
     module : "worker" or "trial".
     seconds : until it must be ready; `allow` gives more for what follows.
+
+    Attributes
+    ----------
+    talking : whether something was asked and no answer has come; such a process can be asked nothing else.
     """
+
+    talking = False
 
     def __init__(
         self, module: str, *, seconds: float = 120, limits: sandbox.Limits | None = None, with_checks: bool = False
@@ -94,6 +100,7 @@ class Process:
         ------
         Lost : it ended, took too long, or said what is no answer.
         """
+        before, self.talking = self.talking, True
         try:
             wire.send(self._out, message)
             while (said := self._received()).get("do") == "back":
@@ -101,6 +108,7 @@ class Process:
                 wire.send(self._out, _called(function, wanted))
         except (BrokenPipeError, *MADE_UP) as error:
             raise Lost(f"{type(error).__name__}: {error}") from None
+        self.talking = before
         return said
 
     def _received(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Plain data over a pipe, never pickle: frames of JSON; tensors and arrays as dtype, shape and bytes.
 
-What travels: None, booleans, numbers, strings, ``...``, tensors, arrays, tuples, lists and dicts of these. A function
-travels as a number, and a call of it comes back over the pipe. A recipe, and what stands in its slots, travels as the
-names of classes and functions of `NAMESPACES` with plain values: it is rebuilt from them, never unpickled.
+What travels: None, booleans, numbers, strings, ``...``, tensors, arrays, tuples, lists, sets and dicts of these. A
+function travels as a number, and a call of it comes back over the pipe. A recipe, and what stands in its slots,
+travels as the names of classes and functions of `NAMESPACES` with plain values: it is rebuilt from them, never
+unpickled.
 """
 
 import base64
@@ -31,10 +32,19 @@ DTYPES = {
 
 # What a design may name: the course's techniques, and the parts of torch that only compute
 NAMESPACES = (
-    "course_lib.lab.training", "course_lib.lab.models", "course_lib.optimizers", "course_lib.schedules",
-    "course_lib.regularization", "course_lib.early_stopping", "course_lib.batching", "course_lib.preprocessing",
-    "course_lib.pruning", "course_lib.distillation", "course_lib.merging", "torch.optim", "torch.nn.modules",
+    "course_lib.lab.training", "course_lib.lab.models", "course_lib.lab.data.dataset", "course_lib.optimizers",
+    "course_lib.schedules", "course_lib.regularization", "course_lib.early_stopping", "course_lib.batching",
+    "course_lib.preprocessing", "course_lib.pruning", "course_lib.distillation", "course_lib.merging",
+    "course_lib.capstone.networks", "course_lib.capstone.recipes", "course_lib.capstone.rules",
+    "course_lib.capstone.rungs", "torch.optim", "torch.nn.modules",
 )  # fmt: skip
+# What is partly filled in by a public function of these modules, such as ``schedule(cosine)``
+FILLED_IN = {
+    "course_lib.schedules.shapes:_scheduled", "course_lib.schedules.plateau:_on_plateau",
+    "course_lib.schedules.by_layer:_layer_rates", "course_lib.preprocessing.pipeline:_labelled",
+    "course_lib.preprocessing.pipeline:_unlabelled", "course_lib.batching.growing:_grown",
+    "course_lib.batching.drawing:_hardest",
+}  # fmt: skip
 
 
 class Unfit(Exception):
@@ -82,6 +92,8 @@ def encode(value: Any, functions: list[Callable[..., Any]] | None = None) -> Any
         return {"a": base64.b64encode(raw).decode(), "d": value.dtype.str, "s": list(value.shape)}
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [encode(part, functions) for part in value]}
+    if isinstance(value, (set, frozenset)):
+        return {"set": [encode(part, functions) for part in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(key, functions), encode(part, functions)] for key, part in value.items()]}
     if (described := _described(value)) is not None:
@@ -148,6 +160,8 @@ def decode(said: Any, stub: Callable[[int], Any] | None = None, *, designs: bool
         return np.frombuffer(base64.b64decode(body), dtype=_plain(said["d"])).reshape(said["s"]).copy()
     if kind in ("tuple", "list"):
         return (tuple if kind == "tuple" else list)(map(again, body))
+    if kind == "set":
+        return set(map(again, body))
     if kind == "dict":
         return {again(key): again(part) for key, part in body}
     if kind == "call" and stub is not None:
@@ -186,7 +200,7 @@ def named(path: str) -> Callable[..., Any]:
     Unfit : it may not be named.
     """
     module, _, name = str(path).partition(":")
-    if not _allowed(module) or not name.isidentifier() or name.startswith("_"):
+    if not _allowed(module) or not name.isidentifier() or (name.startswith("_") and path not in FILLED_IN):
         raise Unfit(f"{path:.60}")
     found = getattr(importlib.import_module(module), name, None)
     if not callable(found) or getattr(found, "__module__", "") != module:

@@ -41,15 +41,27 @@ def solutions(notebook: NotebookNode) -> dict[str, str]:
     folded = "\n".join(cell.source for cell in notebook.cells if SOLUTIONS in cell.source)
     code = "\n".join(re.findall(r"```python\n(.*?)```", folded, re.DOTALL))
     body = ast.parse(code).body
-    statements = [(names_bound(part), ast.get_source_segment(code, part) or "") for part in body]
+    statements = [(names_bound(part), part) for part in body]
     imports = [ast.unparse(part) for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
+    asked = list(exercises(notebook))
+    answered = {exercise.number: names_in(ast.parse(exercise.answer)) for exercise in asked}
     found = {}
-    for exercise in exercises(notebook):
-        wanted = {node.id for node in ast.walk(ast.parse(exercise.answer)) if isinstance(node, ast.Name)}
-        parts = [source for bound, source in statements if bound & wanted]
+    for exercise in asked:
+        wanted = set(answered[exercise.number])
+        of_others = set().union(*answered.values()) - wanted
+        parts: list[str] = []
+        for bound, part in reversed(statements):  # an answer may need a function that stands above it
+            if bound & wanted:
+                parts.insert(0, ast.get_source_segment(code, part) or "")
+                wanted |= names_in(part) - of_others
         if parts:
             found[exercise.number] = "\n".join([exercise.stub, *imports, *parts])
     return found
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """All names that stand in it."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def names_bound(statement: ast.stmt) -> set[str]:

@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from classroom.judge import wire
+from course_lib.capstone import applied
+from course_lib.early_stopping import Patience
+from course_lib.lab import random_shift
 from course_lib.lab.training import Recipe
 from course_lib.optimizers import Adam
+from course_lib.preprocessing import compose, random_crop, random_flip
+from course_lib.schedules import one_cycle, reduce_on_plateau, schedule
 
-VALUES = [
+VALUES: list[Any] = [
     None, True, "words", 3, -(10**30), 0.1, float("inf"), ..., (1, [2.0, "x"], {"a": torch.ones(2)}),
     torch.tensor([[1.5, 2.0]], dtype=torch.bfloat16), torch.tensor(3), torch.empty(0, 4), torch.tensor([True, False]),
-    torch.tensor([1 + 2j]), torch.arange(4.0)[1:2].expand(1), torch.ones(3, 2)[:1, 1],
+    torch.tensor([1 + 2j]), {"a": {"b", "c"}}, set(), torch.arange(4.0)[1:2].expand(1), torch.ones(3, 2)[:1, 1],
 ]  # fmt: skip
 
 
@@ -60,16 +65,25 @@ def test_a_design_is_rebuilt_where_designs_are_allowed() -> None:
     assert (made.epochs, made.optimizer.func, made.optimizer.keywords) == (3, Adam, {"lr": 0.01})
 
 
+@pytest.mark.parametrize("design", [
+    functools.partial(random_shift, pixels=1), schedule(one_cycle, pct_start=0.3), reduce_on_plateau(), Patience(3),
+    compose(random_flip, functools.partial(random_crop, padding=2)), applied().lasting(6),
+], ids=repr)  # fmt: skip
+def test_what_the_chapters_put_into_designs_travels(design: Any) -> None:
+    assert repr(wire.decode(wire.encode(design), designs=True)) == repr(design)
+
+
 @pytest.mark.parametrize("path", [
     "os:system", "torch:load", "torch.optim:torch", "course_lib.lab.training:torch", "course_lib.checks.chapter_02:x",
-    "course_lib.optimizers:_private", "torch.optim.sgd:__import__", "builtins:eval", "torch.optim.sgd:SGD.step",
+    "course_lib.optimizers:_private", "course_lib.schedules.shapes:_at",
+    "torch.optim.sgd:__import__", "builtins:eval", "torch.optim.sgd:SGD.step",
 ])  # fmt: skip
 def test_other_names_are_refused(path: str) -> None:
     with pytest.raises(wire.Unfit):
         wire.decode({"named": path}, designs=True)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, torch.nn.Linear(1, 1), functools.partial(print, 1)], ids=repr)
+@pytest.mark.parametrize("value", [object(), slice(1), torch.nn.Linear(1, 1), functools.partial(print, 1)], ids=repr)
 def test_objects_do_not_travel(value: Any) -> None:
     with pytest.raises(wire.Unfit):
         wire.encode(value)
