@@ -1,0 +1,1 @@
+"""What lies on a stick for a room without a network; ``classroom.bundle`` packs it."""
