@@ -15,11 +15,14 @@ KIT     := .venv-class
 CLASS   ?= class
 SITE    := docs/_build/html
 PORT    ?= 8888
+LEARNERS ?= 5
+ARRIVAL ?= staggered
+SECONDS ?= 1200
 BROWSER ?= yes
 FIRST   := /lab/tree/notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive class-setup class-release class-autograde class-feedback class-test clean
+.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive class-setup class-release class-autograde class-feedback class-slides hub class-passwords class-publish class-load class-progress class-timings class-bundle class-test clean
 .SILENT:
 
 help:  ## list these targets
@@ -78,6 +81,38 @@ class-autograde: $(KIT)/.installed  ## collect what lies in INBOX, if named, and
 
 class-feedback: $(KIT)/.installed  ## make a chapter's pages of feedback, and marks.csv (NB=02)
 	$(KIT)/bin/python -m classroom.course --folder "$(CLASS)" give-back $(NB)
+
+class-slides: $(KIT)/.installed  ## make a chapter's slides (NB=02, else all; PDF=yes; CLASS=class)
+	$(KIT)/bin/python -m classroom.slides $(or $(NB),all) --out "$(CLASS)/slides" $(if $(filter yes,$(PDF)),--pdf)
+
+hub: PORT := 8000
+hub: $(KIT)/.installed  ## one server for the room (CLASS=class NAMES=names.txt HOST=0.0.0.0 PORT=8000; HUB="--cert c --key k")
+	exec $(KIT)/bin/python -m classroom.hub --folder "$(CLASS)" --port $(PORT) $(if $(HOST),--host $(HOST)) \
+		$(if $(NAMES),--names "$(NAMES)") $(HUB)
+
+class-passwords: $(KIT)/.installed  ## passwords for the hub (DO="add ada", "reset ada", "remove ada", "list")
+	$(KIT)/bin/python -m classroom.hub.roster --folder "$(CLASS)" $(or $(DO),list)
+
+class-publish: $(KIT)/.installed  ## hand out to the hub's learners what has been released since it started
+	$(KIT)/bin/python -m classroom.hub.publish --folder "$(CLASS)"
+
+class-load: $(KIT)/.installed  ## what does a room need? (LEARNERS=30 NB=08 ARRIVAL=staggered or together; SECONDS=1200)
+	$(KIT)/bin/python -m classroom.hub.load --folder "$(CLASS)" --learners $(LEARNERS) --chapter $(or $(NB),08) \
+		--arrival $(ARRIVAL) --seconds $(SECONDS)
+
+class-progress: PORT := 8765
+class-progress: $(KIT)/.installed  ## show how far a class has come (NB=02; NAMES=invented; CLASS=class; PORT=8765)
+	exec $(KIT)/bin/python -m classroom.progress "$(CLASS)" --chapter $(or $(NB),00) --port $(PORT) \
+		$(if $(filter invented,$(NAMES)),--pseudonyms) $(if $(filter no,$(BROWSER)),--no-browser)
+
+class-timings: $(KIT)/.installed  ## write how long each section takes into the guide (NB=02 or all: run it first)
+	$(KIT)/bin/python -m classroom.timings $(if $(NB),--measure $(NB))
+
+class-bundle: $(KIT)/.installed  ## pack the course onto a stick, for a room without network (OUT=stick; PLATFORM, PYTHONS)
+	if [ -z "$(OUT)" ]; then echo "OUT=FOLDER names the stick, such as OUT=/media/ada/STICK"; exit 2; fi
+	$(KIT)/bin/python -m classroom.bundle "$(OUT)" $(if $(PLATFORM),--platform $(PLATFORM)) \
+		$(if $(PYTHONS),--python $(PYTHONS)) $(if $(DATA),--data "$(DATA)") $(if $(ZIP),--docs "$(ZIP)") \
+		$(if $(filter yes,$(TEACHER)),--classroom)
 
 class-test: $(KIT)/.installed  ## test the classroom kit (minutes; marking's attacks need Linux)
 	$(KIT)/bin/python -m pytest --override-ini addopts= classroom/tests

@@ -2,6 +2,7 @@
 
     python -m classroom.course release 02 [--keep-outputs]     ->  FOLDER/release/02_optimizers/
     python -m classroom.course collect 02 INBOX                INBOX/ada.ipynb  ->  FOLDER/submitted/ada/02_optimizers/
+    python -m classroom.course collect 02 FOLDER/homes         the same from the homes of the room's server (``hub``)
     python -m classroom.course mark 02 [--only ada]            ->  FOLDER/autograded/, and the gradebook
     python -m classroom.course give-back 02                    ->  FOLDER/feedback/, FOLDER/marks.csv
 
@@ -15,8 +16,10 @@ import io
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 LARGEST = 5 * 2**20  # bytes of a submission: nbgrader reads it in its own process
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
+TARGET = "course"  # where a learner of the hub finds what was handed out, in the home
 CONFIG_FILE = "nbgrader_config.py"
 CONFIG = '''"""Settings of this class, made by ``python -m classroom.course``; it keeps what you add at the end."""
 
@@ -119,6 +123,32 @@ def collect(folder: Path, number: str, inbox: Path) -> list[str]:
     return [path.stem for path in found]
 
 
+def collect_homes(folder: Path, number: str, homes: Path) -> Iterator[tuple[str, str]]:
+    """Copy ``homes/LEARNER/course/NAME.ipynb``, from a hub's homes; each learner with why it was not copied, if so.
+
+    Learners write there: no link is followed, and only a file of a submission's size is read.
+
+    Raises
+    ------
+    Refused : nobody has the chapter's notebook.
+    """
+    name = chapter_of(number)
+    learners = sorted(path.parents[1].name for path in homes.glob(f"*/{TARGET}/{name}.ipynb"))
+    if not learners:
+        raise Refused(f"{homes}: there is no notebook in it, such as ada.ipynb, and no ada/{TARGET}/{name}.ipynb")
+    for learner in learners:
+        to = folder / "submitted" / learner / name / f"{name}.ipynb"
+        try:
+            content = _read_without_links(homes, learner, TARGET, f"{name}.ipynb")
+        except (OSError, Refused) as error:
+            yield learner, f"not collected: {error.strerror if isinstance(error, OSError) else error}"
+            continue
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(to) as file:
+            file.write(content)
+        yield learner, ""
+
+
 def mark(folder: Path, number: str, *, only: str = "") -> Iterator[tuple[str, str]]:
     """Mark what was handed in; each learner with what went wrong, if anything did.
 
@@ -195,9 +225,28 @@ def _done(result: Mapping[str, Any], otherwise: str) -> None:
 
 
 def _check_size(path: Path) -> None:
-    if path.stat().st_size > LARGEST:
-        size, most = path.stat().st_size / 2**20, LARGEST / 2**20
-        raise Refused(f"{path.name} has {size:.1f} MB, and {most:.0f} are allowed: clear its outputs")
+    _allowed(path.name, path.stat().st_size)
+
+
+def _allowed(name: str, size: int) -> None:
+    if size > LARGEST:
+        raise Refused(f"{name} has {size / 2**20:.1f} MB, and {LARGEST / 2**20:.0f} are allowed: clear its outputs")
+
+
+def _read_without_links(folder: Path, *names: str) -> bytes:
+    """The bytes of ``folder / names[0] / …``, of which all names are a learner's to choose."""
+    with ExitStack() as stack:
+        here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        for last, name in enumerate(names, 1 - len(names)):
+            stack.callback(os.close, here)
+            kind = os.O_NONBLOCK if last == 0 else os.O_DIRECTORY  # a pipe would wait for its writer
+            here = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=here)
+        with open(here, "rb") as file:
+            found = os.fstat(here)
+            if not stat.S_ISREG(found.st_mode):
+                raise Refused(f"{names[-1]} is no file")
+            _allowed(names[-1], found.st_size)
+            return file.read(LARGEST)
 
 
 # The command line
@@ -211,8 +260,14 @@ def _release(folder: Path, given: argparse.Namespace) -> int:
 
 
 def _collect(folder: Path, given: argparse.Namespace) -> int:
-    print(f"collected: {', '.join(collect(folder, given.chapter, given.inbox))}")
-    return 0
+    if any(given.inbox.glob("*.ipynb")):
+        print(f"collected: {', '.join(collect(folder, given.chapter, given.inbox))}")
+        return 0
+    troubled = 0
+    for learner, trouble in collect_homes(folder, given.chapter, given.inbox):
+        troubled += bool(trouble)
+        print(f"{learner}: {trouble or 'collected'}", flush=True)
+    return min(troubled, 1)
 
 
 def _mark(folder: Path, given: argparse.Namespace) -> int:
@@ -240,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "release":
             step.add_argument("--keep-outputs", action="store_true", help="keep the outputs of the chapter's cells")
         if name == "collect":
-            step.add_argument("inbox", type=Path, help="a folder with one notebook a learner")
+            step.add_argument("inbox", type=Path, help="a folder with one notebook a learner, or a hub's homes")
         if name == "mark":
             step.add_argument("--only", default="", help="one learner")
     given = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
 """Through nbgrader itself, on chapter 2: release, hand in, collect, mark, give back."""
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,13 @@ from classroom import course
 from classroom.tests.helping import chapter, needs_sandbox, solutions
 
 NAME = "02_optimizers"
-AUTOMATIC = 2 * 5 + 1  # five methods and a reading; the design and the report are left out here
+AUTOMATIC = 2 * 5 + 1  # five methods and a reading; design and report wait for the instructor
 Edit = Callable[[NotebookNode, dict[str, NotebookNode]], None]
 
 
 def right(notebook: NotebookNode, cells: dict[str, NotebookNode]) -> None:
     for exercise, source in solutions(chapter(f"{NAME}.ipynb")).items():
-        if exercise != "02.7":
-            cells[f"{exercise.replace('.', '-')}-answer"].source = source
+        cells[f"{exercise.replace('.', '-')}-answer"].source = source
     cells["02-8-report"].source = "Muon, as matrices matter."
 
 
@@ -111,8 +111,13 @@ def test_feedback_and_marks_are_given_back(marked: Path) -> None:
     assert {row["learner"] for row in rows} == set(LEARNERS)
     report = next(row for row in rows if row["learner"] == "right" and row["exercise"] == "02-8-report")
     assert (report["of"], report["by hand"]) == ("5.0", "to do")
+    assert [row["exercise"] for row in rows if row["learner"] == "right" and row["by hand"]] == [
+        "02-7-mark", "02-8-report"]  # fmt: skip
     page = (marked / "feedback" / "wrong" / NAME / f"{NAME}.html").read_text(encoding="utf-8")
     assert "not yet right" in page
+    assert "HIDDEN TESTS" not in page
+    page = (marked / "feedback" / "right" / NAME / f"{NAME}.html").read_text(encoding="utf-8")
+    assert "Exercise 02.7 is for the instructor: the answer is code" in page
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
@@ -127,3 +132,26 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     (tmp_path / "ada.ipynb").write_bytes(b" " * (course.LARGEST + 1))
     with pytest.raises(course.Refused, match="5 are allowed|5 MB"):
         course.collect(tmp_path, "02", tmp_path)
+
+
+def test_from_the_homes_of_a_hub_no_link_is_followed(tmp_path: Path) -> None:
+    homes, file = tmp_path / "homes", f"{NAME}.ipynb"
+    for learner in ("ada", "bob", "cleo", "dan", "eve", "fay"):
+        (homes / learner).mkdir(parents=True)
+        if learner != "cleo":
+            (homes / learner / "course").mkdir()
+    (homes / "ada" / "course" / file).write_text("hers")
+    (homes / "bob" / "course" / file).symlink_to(homes / "ada" / "course" / file)
+    (homes / "cleo" / "course").symlink_to(homes / "ada" / "course")
+    os.mkfifo(homes / "dan" / "course" / file)
+    (homes / "eve" / "course" / file).write_bytes(b" " * (course.LARGEST + 1))
+    found = dict(course.collect_homes(tmp_path, "02", homes))
+    assert {learner for learner, trouble in found.items() if not trouble} == {"ada"}
+    assert {learner for learner, trouble in found.items() if trouble} == {"bob", "cleo", "dan", "eve"}
+    assert "5 are allowed" in found["eve"]
+    assert [path.read_text() for path in tmp_path.glob(f"submitted/*/{NAME}/{file}")] == ["hers"]
+    (homes / "ada" / "course" / file).write_text("hers, again")
+    assert dict(course.collect_homes(tmp_path, "02", homes))["ada"] == ""
+    assert (tmp_path / "submitted" / "ada" / NAME / file).read_text() == "hers, again"
+    with pytest.raises(course.Refused, match="there is no notebook in it"):
+        list(course.collect_homes(tmp_path, "03", homes))
