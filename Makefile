@@ -115,7 +115,7 @@ class-bundle: $(KIT)/.installed  ## pack the course onto a stick, for a room wit
 		$(if $(filter yes,$(TEACHER)),--classroom)
 
 class-test: $(KIT)/.installed  ## test the classroom kit (minutes; marking's attacks need Linux)
-	$(KIT)/bin/python -m pytest --override-ini addopts= classroom/tests
+	$(KIT)/bin/python -m pytest --override-ini addopts= --numprocesses auto --maxprocesses 4 --dist loadfile classroom/tests
 
 clean:  ## remove .venv and what tests and tools left behind (data sets stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks build *.egg-info

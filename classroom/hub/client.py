@@ -30,6 +30,10 @@ class Failed(Exception):
     """Something that the client asked for did not come about."""
 
 
+class TookTooLong(Failed):
+    """A cell had not ended when its time was up."""
+
+
 def until(look: Callable[[], T], what: str, seconds: float = 60, every: float = 0.1) -> T:
     """Wait until ``look()`` is true; its value.
 
@@ -205,7 +209,8 @@ class Learner:
 
         Raises
         ------
-        Failed : the kernel did not answer within ``seconds``, or is gone.
+        TookTooLong : the kernel did not answer within ``seconds``.
+        Failed : it is gone.
         """
         assert self.socket is not None, "open() comes first"
         key, output, begin = uuid.uuid4().hex, Output(), time.monotonic()
@@ -221,7 +226,7 @@ class Learner:
             while True:
                 left = begin + seconds - time.monotonic()
                 if left <= 0:
-                    raise Failed(f"a cell of {self.name} took longer than {seconds:g} seconds")
+                    raise TookTooLong(f"a cell of {self.name} took longer than {seconds:g} seconds")
                 self.socket.settimeout(left)
                 said = self.socket.recv()
                 if not said:
@@ -234,6 +239,8 @@ class Learner:
                 if message["parent_header"].get("msg_id") == key and _take(message, output):
                     output.seconds = time.monotonic() - begin
                     return output
+        except websocket.WebSocketTimeoutException:
+            raise TookTooLong(f"a cell of {self.name} took longer than {seconds:g} seconds") from None
         except (OSError, websocket.WebSocketException) as error:
             raise Failed(f"the kernel of {self.name}: {type(error).__name__}: {error}") from None
 

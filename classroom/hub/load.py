@@ -34,7 +34,7 @@ import requests
 
 from classroom import course
 from classroom.hub.__main__ import free_port
-from classroom.hub.client import Failed, Hub, Learner, running
+from classroom.hub.client import Failed, Hub, Learner, TookTooLong, running
 from classroom.hub.room import GIB, Refused, Room, check_machine, find_bwrap
 from classroom.hub.spawner import HOME, ISOLATED
 from classroom.student_copy import exercise_of, write
@@ -184,6 +184,8 @@ def visit(
                 seen.first = time.monotonic() - begin
             if output.error:
                 seen.failures.append(f"cell {number}: {output.error[:200]}")
+    except TookTooLong:
+        seen.stopped_early = True  # the cell counts as not run
     except (Failed, requests.RequestException) as error:
         seen.failures.append(str(error)[:300])
     finally:
@@ -261,7 +263,8 @@ def plan(met: Sequence[Seen], alone: Seen, hub_bytes: int, peak: int) -> tuple[p
     complete = [seen for seen in met if seen.kernel_bytes]
     if not complete:
         return pd.DataFrame(), pd.DataFrame()
-    largest = max(seen.server_bytes + seen.kernel_bytes for seen in complete)
+    # The one who was alone had time for all cells; pages that a room would share are counted as that one's own
+    largest = max(seen.server_bytes + seen.kernel_bytes for seen in (alone, *complete))
     each = max(largest, (peak - hub_bytes) // len(complete))  # cells may need more than what is left of them
     work = statistics.median(seen.cpu for seen in complete)
     busy = min(1.0, alone.cpu / max(sum(alone.cells) + alone.server + alone.kernel, 1e-9))
@@ -347,8 +350,9 @@ def report(given: argparse.Namespace, met: Sequence[Seen], alone: Seen, own: int
     rows.to_csv(given.folder / "load.csv", index=False)
     with pd.option_context("display.width", 200, "display.max_columns", 20):
         print(rows.to_string(index=False, float_format="{:.1f}".format))
-        failed = sum(bool(seen.failures) for seen in met)
-        print(f"\n{len(met)} learners, {given.arrival}: {seconds:.0f} s; failed: {failed}; the hub itself: "
+        failed, early = sum(bool(seen.failures) for seen in met), sum(seen.stopped_early for seen in met)
+        print(f"\n{len(met)} learners, {given.arrival}: {seconds:.0f} s; failed: {failed}; out of time before the last "
+              f"cell: {early}; the hub itself: "
               f"{own / MB:.0f} MB; at most {peak / MB:.0f} MB in all; rows: {given.folder / 'load.csv'}")  # fmt: skip
         fit, need = plan(met, alone, own, peak)
         if not need.empty:

@@ -20,7 +20,7 @@ from tornado import web
 
 from classroom.hub import groups, load, roster
 from classroom.hub.__main__ import free_port
-from classroom.hub.client import Failed, Hub, Learner, request, running, until
+from classroom.hub.client import Failed, Hub, Learner, TookTooLong, request, running, until
 from classroom.hub.inside import merge_notebook
 from classroom.hub.publish import BRANCH, INSIDE, TARGET, link, publish
 from classroom.hub.room import ROOT, Refused, Room, find_bwrap
@@ -337,6 +337,12 @@ def test_load_is_measured_with_its_errors(room: Class) -> None:
     Learner(room.hub.url, "kim", room.passwords["kim"]).stop()
 
 
+def test_a_cell_that_takes_too_long_is_no_failure_of_the_kernel(room: Class) -> None:
+    with pytest.raises(TookTooLong, match="a cell of ada took longer than 0.5 seconds"):
+        room.ada.run("import time; time.sleep(2)", 0.5)
+    assert room.ada.run("print(6 * 7)").text.strip() == "42"
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tls")
@@ -536,6 +542,8 @@ def test_a_room_is_planned_from_what_was_measured() -> None:
     assert need.loc[30, "cores, spread over a lesson"] == pytest.approx(30 * 54 / 5400)
     more, _ = load.plan(met, alone, 2 * 10**8, 4 * 10**9 + 2 * 10**8)  # cells needed more than what was left of them
     assert more.loc[8, "learners"] == 3
+    alone.kernel_bytes = 2 * 10**9  # nobody else had time for the cells that need most
+    assert load.plan(met, alone, 2 * 10**8, 0)[0].loc[8, "learners"] == int((0.9 * 8 * 2**30 - 2e8) // 2e9)
 
 
 def test_cells_end_before_the_first_exercise() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from classroom import timings
 from course_lib.lab.chapters import CHAPTERS, Chapter
 from course_lib.outlook.links import address
 
@@ -22,6 +23,12 @@ PARTS = (
     "For the quick",
     "Traps for the instructor",
 )
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
+def test_words_and_seconds_are_those_of_the_notebook(chapter: Chapter) -> None:
+    page = timings.page_of(chapter).read_text(encoding="utf-8")
+    assert page == timings.written_out(chapter, timings.read_run_times()), "make class-timings writes it anew"
 
 
 @lru_cache
