@@ -146,7 +146,13 @@ def test_every_import_is_pinned() -> None:
     files = ("requirements.txt", "requirements-docs.txt", "requirements-dev.txt")
     distributions, pinned = metadata.packages_distributions(), pins(*files)
     brought = {"docutils", "markdown_it", "myst_parser", "fontTools"}  # by sphinx, myst-nb and matplotlib
-    own = {"course_lib", "classroom", "tests", "site_builder", *(path.stem for path in modules(ROOT / "tests"))} | brought
+    own = {
+        "course_lib",
+        "classroom",
+        "tests",
+        "site_builder",
+        *(path.stem for path in modules(ROOT / "tests")),
+    } | brought
     wrong = set()
     for path in (*modules(), *modules(ROOT / "tests"), *modules(ROOT / "docs" / "site_builder")):
         for line, name in imports(path):

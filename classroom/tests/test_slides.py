@@ -3,6 +3,7 @@
 import functools
 import html
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,15 @@ from typing import Any
 
 import pytest
 
-from classroom import slides
 from classroom.course import NOTEBOOKS
-from classroom.slides import Deck, Guide, Refused, Slide, as_html, deck_of
+from classroom.slides import ROOT, Refused, writing
+from classroom.slides.__main__ import main
+from classroom.slides.deck import Deck
+from classroom.slides.guide import Guide
+from classroom.slides.slide import WIDE, Slide
+from classroom.slides.tables import MOST_SLIDES, Cell, Table, table_items
+from classroom.slides.words import sentences
+from classroom.slides.writing import as_html, deck_of
 from classroom.student_copy import SOLUTIONS
 from classroom.tests.helping import chapter
 from course_lib.lab.chapters import CHAPTERS
@@ -199,33 +206,33 @@ def test_the_same_notebook_makes_the_same_file() -> None:
 def test_by_count_every_slide_holds_what_is_on_it(nn: str) -> None:
     for slide in deck(nn).slides:
         if slide.kind == "words":
-            assert sum(item.height(slides.WIDE, 1.0) for item in slide.above) <= slide.free, slide.title
+            assert sum(item.height(WIDE, 1.0) for item in slide.above) <= slide.free, slide.title
 
 
 def test_a_sentence_ends_where_a_reader_ends_it() -> None:
     text = "As Choi et al. (2019) say. (Run it. Or not.) <em>Why? It</em> pays. By J. Smith, e.g. Here."
-    assert slides._sentences(text) == [
+    assert sentences(text) == [
         "As Choi et al. (2019) say.", "(Run it. Or not.)", "<em>Why? It</em> pays.", "By J. Smith, e.g. Here.",
     ]  # fmt: skip
 
 
 def test_a_long_table_is_cut_and_says_so() -> None:
-    rows = [[(f"row {k}", False, 1, 1), ("word " * 60, False, 1, 1)] for k in range(40)]
-    table = slides._Table([[("what", False, 1, 1), ("why", False, 1, 1)]], rows)
-    parts = slides._table_items(table, 560, 0)
-    assert len(parts) == slides.MOST_OF_A_TABLE
-    assert all(part.height(slides.WIDE, 1.0) <= 560 for part in parts)
+    rows = [[Cell(f"row {k}"), Cell("word " * 60)] for k in range(40)]
+    table = Table([[Cell("what"), Cell("why")]], rows)
+    parts = table_items(table, 560, 0)
+    assert len(parts) == MOST_SLIDES
+    assert all(part.height(WIDE, 1.0) <= 560 for part in parts)
     on_slides = re.findall(r"row \d+", " ".join(part.html for part in parts))
     assert on_slides == [f"row {k}" for k in range(len(on_slides))]
     assert f"{len(on_slides)} of 40 rows; the notebook has all." in parts[-1].html
 
 
 def test_a_table_that_fits_is_whole_and_one_that_is_wide_is_turned() -> None:
-    row = [(str(k), False, 1, 1) for k in range(12)]
-    turned = slides._Table([row], [row]).upright()
+    row = [Cell(str(k)) for k in range(12)]
+    turned = Table([row], [row]).upright()
     assert len(turned.rows) == 11
     assert turned.columns == 2
-    assert len(slides._table_items(turned, 560, 0)) == 1
+    assert len(table_items(turned, 560, 0)) == 1
 
 
 # In a browser
@@ -256,7 +263,7 @@ OVER = """() => {
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     try:
-        path = slides.browser()
+        path = writing.browser()
     except Refused as error:
         pytest.skip(str(error))
     driver = pytest.importorskip("playwright.sync_api", reason="nothing drives the browser: pip install playwright")
@@ -323,7 +330,7 @@ def test_the_speaker_has_the_notes_of_the_slide(chromium: Any, folder: Path) -> 
 
 def test_the_pdf_has_a_page_a_slide(chromium: Any, folder: Path) -> None:
     command = [sys.executable, "-m", "classroom.slides", "06", "--out", str(folder), "--pdf"]
-    subprocess.run(command, cwd=slides.ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
     assert (folder / "06_early_stopping.slides.html").is_file()
     pdf = folder / "06_early_stopping.slides.pdf"
     assert len(re.findall(rb"/Type\s*/Page\b(?!s)", pdf.read_bytes())) == len(deck("06").slides)
@@ -334,7 +341,7 @@ def test_the_pdf_has_a_page_a_slide(chromium: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["99", "two", "", "-1"])
 def test_an_unknown_chapter_is_named(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert slides.main([f"--out={tmp_path}", "--", wrong]) == 2
+    assert main([f"--out={tmp_path}", "--", wrong]) == 2
     assert f"NB={wrong!r}: there is no such chapter; 00 to 17 are there" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -343,10 +350,10 @@ def test_without_a_browser_there_is_no_pdf_and_it_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CHROMIUM", "no-such-browser")
-    assert slides.main(["02", f"--out={tmp_path}", "--pdf"]) == 2
+    assert main(["02", f"--out={tmp_path}", "--pdf"]) == 2
     assert "CHROMIUM='no-such-browser' is no program" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     monkeypatch.delenv("CHROMIUM")
-    monkeypatch.setattr(slides.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(Refused, match="a PDF is printed by Chromium or Chrome, and there is none"):
-        slides.browser()
+        writing.browser()
