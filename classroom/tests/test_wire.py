@@ -1,7 +1,6 @@
 """Values over the pipe: what arrives is what was sent, and what was made up is refused."""
 
 import functools
-import re
 import io
 from typing import Any
 
@@ -26,8 +25,8 @@ VALUES: list[Any] = [
 
 
 def named(value: Any) -> str:
-    """The name of a case, without addresses, which differ between the processes that share the tests."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    """The name of a case: its type, as addresses and the order of sets differ between processes that share the tests."""
+    return type(value).__name__
 
 
 @pytest.mark.parametrize("value", VALUES, ids=named)
