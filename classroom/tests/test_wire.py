@@ -25,7 +25,7 @@ VALUES: list[Any] = [
 
 
 def named(value: Any) -> str:
-    """The name of a case: its type, as addresses and the order of sets differ between processes that share the tests."""
+    """A case by its type: addresses and the order of sets differ between the processes that share the tests."""
     return type(value).__name__
 
 
