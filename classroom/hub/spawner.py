@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import resource
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
@@ -47,13 +48,16 @@ ISOLATED = (
     "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--disable-userns",
     "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "course",
 )  # fmt: skip
+# For a shell, inside a line of git's settings: the interpreter's path may have spaces
+MERGE = f"{shlex.quote(sys.executable)} -I -S /course/inside/merge_notebook.py %O %A %B %P"
+MERGE = MERGE.replace("\\", "\\\\").replace('"', '\\"')
 # Without renames: where git takes a new file for an old one with another name, nbgitpuller does not see that it is new,
 # and an edit lands in the other file. (git before 2.50 heeds this in its strategy "recursive" only.)
 GIT = f"""[core]
 	attributesFile = /course/etc/gitattributes
 [merge "notebook"]
 	name = a notebook in which the learner's lines stay
-	driver = {sys.executable} -I -S /course/inside/merge_notebook.py %O %A %B %P
+	driver = "{MERGE}"
 [diff]
 	renames = false
 [merge]
