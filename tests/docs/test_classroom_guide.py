@@ -1,5 +1,6 @@
 """The instructor's guide speaks of the chapters as they stand: its links, its minutes, its questions, its exercises."""
 
+import importlib
 import json
 import re
 from functools import lru_cache
@@ -9,6 +10,7 @@ import pytest
 
 from classroom import timings
 from course_lib.lab.chapters import CHAPTERS, Chapter
+from course_lib.lab.judging import Reading
 from course_lib.outlook.links import address
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,19 @@ def test_what_came_out_is_what_the_notebook_stores(chapter: Chapter) -> None:
     wanted = "; ".join(f"{key} {value}" for key, value in measured(chapter.file).items())
     assert wanted
     assert f"**Measured, in the stored outputs:** {wanted}. " in text, f"the line is to say: {wanted}."
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
+def test_the_key_to_a_figure_is_that_of_the_check(chapter: Chapter) -> None:
+    text = (GUIDE / f"{chapter.nn}_{chapter.name}.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("**Measured, in the stored outputs:**"))
+    checks = importlib.import_module(f"course_lib.checks.chapter_{chapter.nn}")
+    for name, check in vars(checks).items():
+        if isinstance(check, Reading):
+            said = line.partition(f"of {name.replace('_', ' ')}: ")[2].removesuffix(".")
+            choice, _, reason = said.rpartition(", ")
+            assert choice.split()[-1] == str(check.right[0]).split()[-1], said
+            assert reason == check.right[1], said
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.nn)
