@@ -3,8 +3,9 @@
 ``mnist``    one epoch of ``quick_net``: 99.0% of the test images on average, in some seconds of two cores
 ``cifar10``  ``speed_net`` with a whitened stem, mirrored and shifted images, smoothed labels; the wider, the further
 
-The second is the recipe of the CIFAR-10 speed runs in the words of this course (Jordan 2024, arXiv:2404.00498: whitened
-patches, biases apart, a triangle of the rate, label smoothing); with ``widths=(64, 256, 256)`` it is of their size.
+The second has the main parts of the CIFAR-10 speed runs' recipe (Jordan 2024, arXiv:2404.00498: whitened patches, a
+triangle of the rate, label smoothing), without its initialisation, the biases' rate, the average of the weights and the
+mirrored test images; with ``widths=(64, 256, 256)`` it is of their size.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def cifar10(
 
     Parameters
     ----------
-    data : its mean colour is what a shifted image is filled with.
+    data : the statistics of its training images undo the normalisation while pixels are moved.
     widths : channels of the three stages; (64, 256, 256) with 10 epochs is the size of the speed runs.
     """
     recipe = Recipe(

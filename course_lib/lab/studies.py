@@ -480,8 +480,10 @@ def _caption(part: Part, book: Book, rows: list[dict[str, Any]], used: list[dict
     session = next(s for s in book.sessions if s["session"] == used[-1]["in"])
     hours = sum(row["seconds"] for row in rows) / 3600
     cores = "one core" if session["threads"] == 1 else f"{session['threads']} cores"
+    seeds = "one seed" if len(part.seeds) == 1 else f"{len(part.seeds)} seeds"
+    runs = "one run" if len(rows) == 1 else f"{len(rows)} runs, tuning included,"
     return (
-        f"{part.title}: {len(part.seeds)} seeds; {len(rows)} runs, tuning included, in {hours:.1f} hours of {cores} "
+        f"{part.title}: {seeds}; {runs} in {hours:.1f} hours of {cores} "
         f"({session['device']}, torch {session['torch']}, {session['date']}). Bold: the interval of the difference "
         "excludes zero."
     )

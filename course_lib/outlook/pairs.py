@@ -114,11 +114,11 @@ PAIRS: tuple[Pair, ...] = (
          "lost. A bet on clean labels.",
          "5.7 Which examples: importance, hardness, curriculum", 4),
     Pair(1, 5, "neutral",
-         "They stand for one another: with every fifth label wrong, max-norm, dropout and a robust loss bring more "
+         "Each can replace the other: with every fifth label wrong, max-norm, dropout and a robust loss bring more "
          "than five points each, far more than with clean ones.",
          "5.2 The same with every fifth label wrong", 5),
     Pair(1, 6, "neutral",
-         "They stand for one another: keeping the best epoch gained 2 to 5 points on photographs with wrong labels; "
+         "Each can replace the other: keeping the best epoch gained 2 to 5 points on photographs with wrong labels; "
          "on right ones, chosen by the loss, it cost a point or more.",
          "5.2 Which column, and when it gains", 6),
     Pair(1, 8, "neutral",
@@ -139,7 +139,7 @@ PAIRS: tuple[Pair, ...] = (
          "differ by seed; a part of it is that they are better themselves.",
          "5.3 Where differences come from", 14, case="members with augmentations of their own"),
     Pair(1, 14, "neutral",
-         "They stand for one another: averaging over shifted views of a test image gains points, and less for a "
+         "Each can replace the other: averaging over shifted views of a test image gains points, and less for a "
          "network that was trained on shifts.",
          "8.6 At test time", 1, case="several views of one image"),
     Pair(1, 15, "helps",
@@ -178,7 +178,7 @@ PAIRS: tuple[Pair, ...] = (
          "5.3 Every combination: alone, left out, on average", 16, case="a quick network"),
     # 3 learning rate
     Pair(3, 4, "neutral",
-         "They stand for one another: growing the batch came within two points of letting the rate fall, in half the "
+         "Each can replace the other: growing the batch came within two points of letting the rate fall, in half the "
          "steps.",
          "5.5 Growing the batch instead of lowering the rate", 4, case="growing the one or lowering the other"),
     Pair(3, 4, "neutral",
@@ -186,9 +186,9 @@ PAIRS: tuple[Pair, ...] = (
          "there is no noise to settle.",
          "6.2 Take the noise away", 3, case="without noise"),
     Pair(3, 5, "neutral",
-         "Behind a normalisation rate and decay are one knob: a step turns the weight by √(2ηλ), whichever of the two "
+         "Before a normalisation rate and decay are one knob: a step turns the weight by √(2ηλ), whichever of the two "
          "was raised.",
-         "3.5 Weight decay behind a normalisation", 5),
+         "3.5 Weight decay in front of a normalisation", 5),
     Pair(3, 6, "conflicts",
          "A cosine stopped at a third of its way is more than three points behind schedules that need no end.",
          "6.3 Short, long, or nobody knows: CIFAR-10", 3),
@@ -236,7 +236,7 @@ PAIRS: tuple[Pair, ...] = (
          "5.1 Two ladders", 15),
     # 5 regularization
     Pair(5, 6, "neutral",
-         "They stand for one another: stopped at its best, gradient descent on a linear model was within 10% of the "
+         "Each can replace the other: stopped at its best, gradient descent on a linear model was within 10% of the "
          "best weight decay.",
          "3.1 Gradient descent is a filter that opens with time", 6),
     Pair(5, 7, "conflicts",

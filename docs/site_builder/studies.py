@@ -118,10 +118,12 @@ def numbers_table(found: Found) -> str:
 
 
 def number_cell(comparison: Comparison, arm: str, first: str) -> str:
-    """Mean and interval; where not every run has the number, how many have it."""
+    """Mean and interval; where not every run has the number, how many have it; of a single run, its number."""
     there = int(np.isfinite(comparison.values[arm]).sum())
     if there < len(comparison.seeds):
         return f"in {there} of {len(comparison.seeds)} runs" if there else "in no run"
+    if len(comparison.seeds) == 1:
+        return f"{comparison.values[arm][0]:,.{digits_of(comparison)}f} (one run)"
     words = shown(comparison.interval(arm), digits_of(comparison))
     if arm == first or first not in comparison.values or not np.isfinite(comparison.values[first]).all():
         return words

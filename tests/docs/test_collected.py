@@ -353,6 +353,11 @@ def test_accuracies_have_three_decimals() -> None:
     assert studies.number_cell(found, "b", "a").startswith("0.510 [")
 
 
+def test_a_single_run_has_a_number_and_no_interval() -> None:
+    assert studies.number_cell(comparison(a=[0.95125]), "a", "a") == "0.951 (one run)"
+    assert studies.number_cell(comparison(a=[3541.6], b=[1200.0]), "b", "a") == "1,200 (one run)"
+
+
 def test_a_run_that_diverged_is_said() -> None:
     found = comparison(a=[0.5, 0.51], b=[0.5, np.nan])
     part = Part("Title", lambda: None, {}, (0, 1))  # type: ignore[arg-type, return-value]
