@@ -111,7 +111,7 @@ def collect(folder: Path, number: str, inbox: Path) -> list[str]:
     name = chapter_of(number)
     found = sorted(inbox.glob("*.ipynb"))
     if not found:
-        raise Refused(f"{inbox}: there is no notebook in it; wanted is one a learner, such as ada.ipynb")
+        raise Refused(f"{inbox}: there is no notebook in it; put one there for each learner, such as ada.ipynb")
     for path in found:
         if not NAME.fullmatch(path.stem) or path.stem.startswith("."):
             raise Refused(f"{path.name}: a learner's name may hold letters, digits and _ . -")

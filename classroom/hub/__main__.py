@@ -10,7 +10,7 @@ from pathlib import Path
 
 from classroom.hub import groups, roster
 from classroom.hub.publish import link, publish
-from classroom.hub.room import ROOT, Refused, Room, check_machine, find_bwrap
+from classroom.hub.room import ADDRESS, ROOT, Refused, Room, check_machine, find_bwrap
 from classroom.hub.spawner import ISOLATED, write_settings
 
 CONFIG = Path(__file__).with_name("jupyterhub_config.py")
@@ -106,8 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(AS_ROOT)
     if room.host not in ("127.0.0.1", "localhost", "::1") and not room.cert:
         print(NO_TLS)
-    print(f"The hub starts at {room.url} (Ctrl-C ends it, and all servers)")
-    print(f"what you hand out while it runs is taken in by this link: {link(room.url)}", flush=True)
+    print(f"The hub starts at {room.address} (Ctrl-C ends it, and all servers)")
+    print(f"what you hand out while it runs is taken in by this link: {link(room.address)}", flush=True)
+    (room.hub / ADDRESS).write_text(room.address, encoding="utf-8")
     here = str(Path(sys.executable).parent)
     environment = os.environ | room.to_environment()
     environment["PATH"] = os.pathsep.join([here, environment.get("PATH", os.defpath)])

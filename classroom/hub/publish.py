@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlencode
 
-from classroom.hub.room import Refused, Room
+from classroom.hub.room import ADDRESS, Refused, Room
 
 BRANCH = "main"
 INSIDE = "file:///course/handed-out.git"  # where a learner's server sees it
@@ -79,11 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Hand out, and print the link."""
     parser = argparse.ArgumentParser(prog="python -m classroom.hub.publish", description="Hand out what is released.")
     parser.add_argument("--folder", type=Path, default=Path("class"), help="the class's folder")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where learners reach the hub")
+    parser.add_argument("--url", help="where learners reach the hub (default: where it was started last)")
     given = parser.parse_args(arguments)
     try:
-        print(publish(Room(str(given.folder.resolve()))))
-        print(f"a learner takes it in with the next start of the server, or now: {link(given.url.rstrip('/'))}")
+        room = Room(str(given.folder.resolve()))
+        print(publish(room))
+        known = room.hub / ADDRESS
+        url = given.url or (known.read_text(encoding="utf-8") if known.exists() else room.address)
+        print(f"a learner takes it in with the next start of the server, or now: {link(url.rstrip('/'))}")
     except Refused as error:
         print(error, file=sys.stderr)
         return 2

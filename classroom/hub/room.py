@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from pathlib import Path
 from classroom.bubblewrap import programs
 
 ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = "address"  # the file of the hub's folder that says where browsers find it
+EVERY = ("0.0.0.0", "::")  # hosts that stand for all of this machine's addresses
 SETTINGS = "CLASSROOM_HUB"  # the environment variable that carries them
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 GIB = 2**30
@@ -108,8 +111,16 @@ class Room:
 
     @property
     def url(self) -> str:
-        """Where the hub is on this machine."""
-        return f"{'https' if self.cert else 'http'}://{self.host}:{self.port}"
+        """Where the hub listens."""
+        return self._at(self.host)
+
+    @property
+    def address(self) -> str:
+        """Where a learner's browser finds it: ``url``, with this machine's own address in place of "every one"."""
+        return self._at(own_address() if self.host in EVERY else self.host)
+
+    def _at(self, host: str) -> str:
+        return f"{'https' if self.cert else 'http'}://{host}:{self.port}"
 
     def make_folders(self) -> None:
         """Make the folders that only the hub's user may enter."""
@@ -127,6 +138,16 @@ class Room:
         if SETTINGS not in os.environ:
             raise Refused("start the hub with `python -m classroom.hub`, which tells this configuration what it needs")
         return cls(**json.loads(os.environ[SETTINGS]))
+
+
+def own_address() -> str:
+    """This machine's address in the network that leads furthest; its name where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as looking:
+        try:
+            looking.connect(("192.0.2.1", 9))  # sends nothing: asks by which way a packet would leave
+        except OSError:
+            return socket.gethostname()
+        return str(looking.getsockname()[0])
 
 
 def checked_name(name: str) -> str:

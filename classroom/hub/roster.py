@@ -232,7 +232,7 @@ def names_in(file: Path) -> list[str]:
         raise Refused(f"{file}: {error}") from None
     names = [bare for line in lines if (bare := line.partition("#")[0].strip())]
     if not names:
-        raise Refused(f"{file}: there is no name in it; wanted is one a line")
+        raise Refused(f"{file}: there is no name in it; write one a line")
     return names
 
 

@@ -23,7 +23,8 @@ from classroom.hub.__main__ import free_port
 from classroom.hub.client import Failed, Hub, Learner, TookTooLong, request, running, until
 from classroom.hub.inside import merge_notebook
 from classroom.hub.publish import BRANCH, INSIDE, TARGET, link, publish
-from classroom.hub.room import ROOT, Refused, Room, find_bwrap
+from classroom.hub.publish import main as hand_out
+from classroom.hub.room import ADDRESS, ROOT, Refused, Room, find_bwrap, own_address
 from classroom.hub.spawner import ISOLATED
 
 HUB = ROOT / "classroom" / "hub"
@@ -483,6 +484,24 @@ def test_handing_out_again_changes_nothing(tmp_path: Path) -> None:
     assert publish(Room(str(tmp_path))) == "handed out: 1 files, as before"
     release(tmp_path, one=("a = 2",), two=("a = 1",))
     assert publish(Room(str(tmp_path))) == "handed out: 2 files, 2 of them new or changed"
+
+
+def test_learners_are_told_an_address_that_a_browser_can_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everywhere = Room(str(tmp_path), host="0.0.0.0", port=9000)
+    assert everywhere.url == "http://0.0.0.0:9000"  # where it listens
+    assert everywhere.address == f"http://{own_address()}:9000"
+    assert own_address() not in ("", "0.0.0.0", "::")
+    assert Room(str(tmp_path), host="10.1.2.3").address == "http://10.1.2.3:8000"
+    release(tmp_path, one=("a = 1",))
+    assert hand_out(["--folder", str(tmp_path)]) == 0
+    assert "http://127.0.0.1:8000/" in capsys.readouterr().out  # no hub has been started yet
+    (tmp_path / "hub" / ADDRESS).write_text("https://10.1.2.3:8443")
+    assert hand_out(["--folder", str(tmp_path)]) == 0
+    assert "https://10.1.2.3:8443/" in capsys.readouterr().out
+    assert hand_out(["--folder", str(tmp_path), "--url", "https://hub.example.org/"]) == 0
+    assert "https://hub.example.org/" in capsys.readouterr().out
 
 
 def test_a_merge_that_is_no_notebook_any_more_keeps_the_learners(tmp_path: Path) -> None:

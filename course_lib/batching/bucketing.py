@@ -27,7 +27,7 @@ from course_lib.lab.arguments import at_least, require
 
 
 def length_buckets(lengths: Tensor, size: int, generator: torch.Generator, *, pool: int | None = None) -> list[Tensor]:
-    """Return batches of ``size`` indices (one may be smaller), each sequence in exactly one, in random order.
+    """Return batches of ``size`` indices (the last of each pool may be smaller), each sequence in one, in random order.
 
     Parameters
     ----------

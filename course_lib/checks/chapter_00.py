@@ -46,11 +46,11 @@ exercise_1 = Method(
     },
     mistakes=[
         Mistake(lambda logits, labels: _accuracy(logits, labels) * len(labels),
-                "this counts the right answers; wanted is their share",
+                "this counts the right answers; what is wanted is their share",
                 "Which method of a tensor turns ones and zeros into their share? Booleans must become floats first."),
         Mistake(lambda *case: 1 - _accuracy(*case), "this is the share of wrong answers",
                 "Compare with == rather than !=."),
-        Mistake(lambda *case: 100 * _accuracy(*case), "this is a percentage; wanted is a fraction from 0 to 1",
+        Mistake(lambda *case: 100 * _accuracy(*case), "this is a percentage; what is wanted is a fraction from 0 to 1",
                 "Leave out the 100."),
     ],
 )  # fmt: skip
@@ -95,7 +95,8 @@ _INTERVAL_MISTAKES = [
             "One of the n is used up by the mean."),
     Mistake(lambda v: _interval(v, ddof=0), "the spread is too small: the squares were divided by n",
             "NumPy divides by n unless it is told ddof=1."),
-    Mistake(lambda v: _interval(v, root=False), "this says where a single run falls; wanted is where the mean lies",
+    Mistake(lambda v: _interval(v, root=False), "this says where a single run falls; what is wanted is where "
+                                                "the mean lies",
             "The mean of n runs wobbles less than one run, by a factor of √n."),
 ]  # fmt: skip
 
@@ -120,7 +121,7 @@ exercise_3 = Method(
     rtol=1e-3,
     cases={f"{seeds} seeds": _arms(seeds) for seeds in (5, 9, 4)},
     mistakes=[
-        Mistake(lambda a, b: _interval(b - a), "the sign is turned round: wanted is a minus b",
+        Mistake(lambda a, b: _interval(b - a), "the sign is turned round: what is wanted is a minus b",
                 "Which of the two is subtracted?"),
         Mistake(_unpaired, "this is the unpaired interval: the spreads of the two arms were added up",
                 "Seed 3 of a belongs to seed 3 of b. What is the difference for each seed?"),
@@ -148,7 +149,8 @@ exercise_4 = Reading(
         "e": "an interval without zero shows that there is a difference, not that it is small",
     },
     hint="Which gains does the interval leave possible? None of them may matter.",
-    reason_hint="What would change your mind?",
+    reason_hint="Which sentence is true of this interval, and would allow you to say that the difference does "
+    "not matter?",
 )
 
 
@@ -208,7 +210,7 @@ exercise_5 = Method(
         Mistake(_from_shares(lambda shares, count, size: shares.sum() * size / count),
                 "the last batch is counted as if it were full", "len(y) knows how many images a batch has."),
         Mistake(lambda *case: _accuracy_on(*case) * len(case[1]),
-                "this counts the right answers; wanted is their share", "Divide by the number of images."),
+                "this counts the right answers; what is wanted is their share", "Divide by the number of images."),
     ],
 )  # fmt: skip
 
@@ -245,7 +247,7 @@ def _first_wrong(found: Any, right: Any, steps: int, part: str) -> None:
     if part == _WEIGHTS:
         expect_close(found, right, what=part, hint="Forward, backward, step.", rtol=1e-4)
         return
-    wanted = "Wanted is the mean loss of the batch before the step, the one that was differentiated."
+    wanted = "What is wanted is the mean loss of the batch before the step, the one that was differentiated."
     for loss, expected in zip(found, right, strict=True):
         value = loss.detach() if isinstance(loss, Tensor) else loss
         expect_close(value, expected.item(), what=part, hint=wanted, rtol=1e-4)
@@ -270,7 +272,7 @@ exercise_6 = Method(
         Mistake(partial(_step, stepped=False), "the weights have not moved",
                 "In which order come backward(), step() and zero_grad()?"),
         Mistake(partial(_step, reduction="sum"), "the loss was summed over the batch",
-                "Wanted is the mean, which cross_entropy gives by default."),
+                "What is wanted is the mean, which cross_entropy gives by default."),
     ],
 )  # fmt: skip
 
@@ -282,9 +284,10 @@ LARGEST_EPOCHS = 20
 
 def _within_the_budget(answer: Any) -> None:
     if not isinstance(answer, Recipe):
-        raise Wrong("wanted is a Recipe", "For instance: mine = replace(plain, ema=0.9)")
+        raise Wrong("expected a Recipe", "For instance: mine = replace(plain, ema=0.9)")
     if answer.epochs > LARGEST_EPOCHS:
-        raise Wrong(f"{answer.epochs} epochs; the budget is {LARGEST_EPOCHS}", "More of the same is not allowed.")
+        raise Wrong(f"{answer.epochs} epochs; the budget is {LARGEST_EPOCHS}",
+                    f"Set epochs={LARGEST_EPOCHS} or fewer, and gain elsewhere in the recipe.")  # fmt: skip
 
 
 exercise_7 = Design(

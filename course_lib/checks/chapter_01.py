@@ -130,7 +130,7 @@ exercise_1 = Method(
         Mistake(partial(_standardise, mean=lambda table: table.mean(1), std=lambda table: table.std(1, correction=0)),
                 "the figures are taken along the rows of train, not down its columns", _EACH_COLUMN),
         Mistake(_by_range, "the columns are scaled to the range from 0 to 1",
-                "That is min-max scaling, which one outlier can ruin. Wanted are mean and standard deviation."),
+                "That is min-max scaling, which one outlier can ruin. What is wanted are mean and standard deviation."),
         Mistake(partial(_standardise, guarded=lambda std: std), "a column that is constant in train is divided by 0",
                 _CONSTANT),
         Mistake(_constant_left, "a constant column stays as it is", "It should be centred like the others."),
@@ -526,7 +526,7 @@ exercise_6 = Method(
                 "the columns are chosen on the held-out rows", "~ turns a mask round. Which rows may be looked at?"),
         Mistake(partial(_cross_validate, choose=lambda x, y, k, held_out, folds: _best(x, y, k, folds != 0)),
                 "the columns are chosen once, on the training rows of the first fold",
-                "Those rows are held out in the other folds. The choice belongs into the loop."),
+                "Those rows are held out in the other folds. The choice belongs inside the loop."),
         Mistake(partial(_cross_validate, taught=torch.ones_like), "learn is given the held-out rows too",
                 _ONLY_COLUMNS),
         Mistake(partial(_cross_validate, tested=torch.logical_not), "the rows that were learnt from are judged",
@@ -554,9 +554,9 @@ EPOCHS, BATCH, RATE = 100, 50, 0.003
 def _transforms(answer: Any) -> None:
     wanted = "For instance: mine = (partial(pre.random_rotation, degrees=5),)"
     if callable(answer):
-        raise Wrong("wanted is a tuple of transforms, and this is a function alone", wanted)
+        raise Wrong("expected a tuple of transforms, and this is a function alone", wanted)
     if not isinstance(answer, (tuple, list)):
-        raise Wrong("wanted is a tuple of transforms", wanted)
+        raise Wrong("expected a tuple of transforms", wanted)
     try:
         on_pixels(_few_labels().train, *answer)
     except ValueError as error:

@@ -268,19 +268,26 @@ def _inside(found: Tensor, g: Tensor) -> Tensor:
     return u.T @ found.to(g.dtype) @ vt.T
 
 
-def _is_orthogonalised(found: Any, right: Tensor, g: Tensor, scale: float) -> bool:
+def _is_orthogonalised(found: Any, right: Tensor, g: Tensor, scale: float, steps: int = _STEPS) -> bool:
     if not isinstance(found, Tensor) or found.shape != g.shape:
         return False
+    if steps != _STEPS:  # more than nothing has happened to the smallest, and less than after all five
+        smallest = _singular_values(found.to(g.dtype)).min()
+        return bool(1.2 * _singular_values(g / g.norm()).min() < smallest < _LOW)
     values, inside = _singular_values(found.to(g.dtype)), _inside(found, g)
     straight = close(inside, inside.diagonal().diag(), atol=0.1, rtol=0)
     return bool(values.min() >= _LOW and values.max() <= _HIGH and straight and inside.diagonal().min() >= 0)
 
 
-def _why_not_orthogonalised(found: Any, right: Tensor, g: Tensor, scale: float) -> None:
-    if isinstance(found, Tensor) and found.shape == g.T.shape != g.shape:
+def _why_not_orthogonalised(found: Any, right: Tensor, g: Tensor, scale: float, steps: int = _STEPS) -> None:
+    if not isinstance(found, Tensor):
+        raise Wrong(f"the result should be a tensor, and is of type {type(found).__name__}")
+    if steps != _STEPS and found.shape == g.shape:  # five steps came before, and were right
+        raise Wrong(f"with steps={steps} that is not the result of {steps} step", "Loop over range(steps).")
+    if found.shape == g.T.shape != g.shape:
         raise Wrong("the result should have the shape of its input, and comes out transposed",
                     "If you transpose at the start, transpose back at the end.")  # fmt: skip
-    if not isinstance(found, Tensor) or found.shape != g.shape:
+    if found.shape != g.shape:
         expect_close(found, g, what="the result")
     found = found.detach().to(g.dtype)
     values, inside = _singular_values(found), _inside(found, g)
@@ -310,7 +317,7 @@ def _why_not_orthogonalised(found: Any, right: Tensor, g: Tensor, scale: float) 
 exercise_4 = Method(
     "Orthogonalise a gradient by Newton-Schulz iteration, as Muon does",
     right=_newton_schulz,
-    ask=lambda rule, g, scale: rule(g, _STEPS),
+    ask=lambda rule, g, scale, steps=_STEPS: rule(g, steps),
     agree=_is_orthogonalised,
     explain=_why_not_orthogonalised,
     rtol=0.02,
@@ -319,7 +326,7 @@ exercise_4 = Method(
         kind + size: (scale * _with_spread_singular_values(rows, columns), scale)
         for rows, columns, kind in ((8, 8, "a square matrix"), (5, 12, "a wide matrix"), (12, 5, "a tall matrix"))
         for scale, size in ((1.0, ""), (40.0, " with large entries"), (1e-2, " with small entries"))
-    },
+    } | {"a wide matrix, a single step": (_with_spread_singular_values(5, 12), 1.0, 1)},
     mistakes=[
         Mistake(lambda g, steps: _newton_schulz(g, steps, (1.5, -0.5, 0.0)),
                 "five steps of the cubic iteration leave the small singular values far below one",
@@ -398,7 +405,7 @@ BASE = Recipe(epochs=6, batch_size=100, precision="float64")
 
 def _only_the_optimizer_changed(answer: Any) -> None:
     if not isinstance(answer, Recipe):
-        raise Wrong("wanted is a Recipe", "For instance: mine = replace(base, optimizer=partial(Adam, lr=0.003))")
+        raise Wrong("expected a Recipe", "For instance: mine = replace(base, optimizer=partial(Adam, lr=0.003))")
     others = [slot.name for slot in fields(Recipe) if slot.name != "optimizer"]
     if changed := [name for name in others if getattr(answer, name) != getattr(BASE, name)]:
         raise Wrong(f"besides the optimizer you changed {', '.join(changed)}", "Start from replace(base, optimizer=…).")

@@ -408,7 +408,7 @@ exercise_5 = Method(
                 "the rate falls once an epoch, and each time by as little as a step should", _UNITS),
         Mistake(partial(_rates, part=lambda t, epochs, steps: t // steps / epochs),
                 "the rate comes down in stairs: it stays as it is for a whole epoch",
-                ["It should fall a little at every step. Which call belongs into the inner loop?", *_UNITS]),
+                ["It should fall a little at every step. Which call belongs in the inner loop?", *_UNITS]),
         Mistake(partial(_rates, part=lambda t, epochs, steps: t / epochs),
                 "the rate goes down and up again in waves: half a wave is over after as many steps as there are epochs",
                 _UNITS),

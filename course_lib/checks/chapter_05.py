@@ -332,7 +332,7 @@ _OF_ALL = [
     "A target is 1 - eps of the label and eps of a uniform one, in which each of the K classes has 1/K: the right one "
     "too.",
 ]
-_ONE_NUMBER = "First the classes are added up, then the examples averaged. Which of them is missing or too much?"
+_ONE_NUMBER = "First the classes are added up, then the examples averaged. Which of the two is missing, or wrong?"
 
 exercise_5 = Method(
     "Find the bug: label smoothing that is not torch's",
@@ -510,7 +510,7 @@ def network() -> nn.Module:
 def _regularizers_only(answer: Any) -> None:
     """Admits a function that makes `network`, with dropout or without, and a recipe of another objective and decay."""
     if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[1], Recipe):
-        raise Wrong("wanted are two things: a function that makes the network, and a Recipe", _FOR_INSTANCE)
+        raise Wrong("expected two things: a function that makes the network, and a Recipe", _FOR_INSTANCE)
     _admit_recipe(answer[1])
     _admit_network(answer[0])
 
@@ -536,7 +536,7 @@ def _admit_recipe(recipe: Recipe) -> None:
 
 def _admit_network(make: Any) -> None:
     if isinstance(make, nn.Module):
-        raise Wrong("that is a network, and wanted is a function that makes one",
+        raise Wrong("that is a network, and what is wanted is a function that makes one",
                     "Each run needs a new one: put lambda: before what makes it.")  # fmt: skip
     for seed in (0, 1):
         mine, plain = fresh(lambda: call(make), BASE, seed=seed), fresh(network, BASE, seed=seed)

@@ -134,7 +134,7 @@ exercise_1 = Method(
                 "min_delta is taken as a share of the best loss", ["It is a difference of two losses.", _BY_MORE]),
         Mistake(partial(_patient, best_now=lambda loss, best, improved: min(loss, best)),
                 "the best loss moves with every lower one, so that many small steps never count as one large",
-                ["A loss falls by 0.1 in each epoch, and min_delta is 0.25. Does the third epoch improve?",
+                ["The losses are 1.0, 0.9, 0.8, 0.7, and min_delta is 0.25. Does the last of them improve on the best?",
                  "The best is the loss of the last epoch that improved."]),
         Mistake(partial(_patient, waited_now=lambda waited, improved, worse: 0 if improved else waited + worse),
                 "only epochs worse than the best are counted, not those as good as it, or better by too little",
@@ -362,7 +362,8 @@ exercise_3 = Method(
                 ["The loss goes with the square of the distance.", *_ONE_STEP]),
         Mistake(lambda eigenvalues, lr, steps: _learnt(eigenvalues, lr, steps) / eigenvalues,
                 "the shares are divided by the eigenvalues, and a flat direction becomes NaN",
-                "That belongs to the weights themselves, found from X'y. What share of the minimum is wanted."),
+                "That division belongs to the weights themselves, when they are computed from Xᵀy. Here the share of "
+                "the way to the minimum is asked for."),
         Mistake(lambda eigenvalues, lr, steps: -_learnt(eigenvalues, lr, steps), "the sign is wrong", _ONE_STEP),
         Mistake(lambda eigenvalues, lr, steps: _learnt(eigenvalues, lr, steps).mean(),
                 "that is the mean over the directions", "One number for each direction is wanted: [D] to [D]."),
@@ -512,7 +513,7 @@ def _first_rise(model: nn.Module, step: Callable[..., None], loss: Callable[...,
 _A_COPY = [
     "Compare best with model.state_dict() at the end of the loop. Why are they equal?",
     "state_dict() holds the tensors in which the model keeps its weights, and the next step writes into them. What is "
-    "wanted is a copy: copy.deepcopy(…), of all that is in it.",
+    "what is wanted is a copy: copy.deepcopy(…), of all that is in it.",
     "A copy of the dictionary alone holds the same tensors. And a model in another variable is not the one that you "
     "were handed: load_state_dict writes into that.",
 ]
@@ -821,7 +822,13 @@ def _trained(answer: Recipe, seed: int, lr: float) -> tuple[float, float]:
 
 
 def _asked(stop: Any, history: History) -> bool:
-    said = call(stop, history, on=f"a history of {len(history)} epochs")
+    """What a stop says of a history; it is not told the rate, and one that says nothing goes on."""
+    unnamed = replace(history, rows=[row | {"lr": math.nan} for row in history.rows], rates=[])
+
+    def answered(seen: History) -> Any:
+        return False if (said := stop(seen)) is None else said
+
+    said = call(answered, unnamed, on=f"a history of {len(history)} epochs")
     if not isinstance(said, (bool, np.bool_)) and not (isinstance(said, Tensor) and said.numel() == 1):
         raise Wrong(f"your stop should say True or False, and what it says is of type {type(said).__name__}",
                     _FOR_INSTANCE)  # fmt: skip
@@ -849,7 +856,7 @@ def _recorded() -> list[History]:
 
 def _stop_and_keep_only(answer: Any) -> None:
     if not isinstance(answer, Recipe):
-        raise Wrong("wanted is a Recipe", _FOR_INSTANCE)
+        raise Wrong("a Recipe is wanted here", _FOR_INSTANCE)
     others = [slot.name for slot in fields(Recipe) if slot.name not in (*_FREE, "optimizer")]
     changed = [name for name in others if getattr(answer, name) != getattr(BASE, name)]
     if changed or not _is_the_base_optimizer(answer.optimizer):
@@ -884,12 +891,13 @@ def exercise_7(answer: Any) -> None:
         spent.append(epochs)
         total, to_come = sum(spent), len(HIDDEN) - len(spent)
         if total + to_come > MOST * len(HIDDEN):  # another run takes an epoch at least
-            raise Wrong(f"{len(spent)} of {len(HIDDEN)} hidden runs took {total:g} epochs; allowed are "
+            more = f", and {to_come} more is to come" if to_come else ""
+            raise Wrong(f"{len(spent)} of {len(HIDDEN)} hidden runs took {total:g} epochs{more}; allowed are "
                         f"{MOST * len(HIDDEN)} for all, {MOST} on average", _TOO_LONG)  # fmt: skip
     if not (mean := float(np.mean(reached))) >= LEAST:
         each = ", ".join(f"{epochs:g}" for epochs in spent)
-        raise Wrong(f"a mean accuracy of {mean:.3f} over {len(HIDDEN)} hidden runs of {each} epochs; wanted is at "
-                    f"least {LEAST}", _TOO_LOW if answer.keep else [*_LAST_WEIGHTS, *_TOO_LOW])  # fmt: skip
+        raise Wrong(f"a mean accuracy of {mean:.3f} over {len(HIDDEN)} hidden runs of {each} epochs; at least "
+                    f"{LEAST} is wanted", _TOO_LOW if answer.keep else [*_LAST_WEIGHTS, *_TOO_LOW])  # fmt: skip
 
 
 exercise_8 = OpenProject(

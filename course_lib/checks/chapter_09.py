@@ -194,7 +194,7 @@ exercise_2 = Method(
                 "student and teacher are exchanged: your teacher learns from the labels", "Whose logits are z?"),
         # Right as long as nobody is sure
         Mistake(partial(_distil_loss, of_student=lambda z, T: (z / T).softmax(1).log()),
-                "a probability of 0 has no logarithm: where the student is sure the loss becomes NaN",
+                "a probability of 0 has no logarithm: where student or teacher is sure the loss becomes NaN",
                 "Logits of 1000 and 0 have the log probabilities 0 and -1000. Which function gives them in one step?"),
     ],
 )  # fmt: skip
@@ -387,12 +387,12 @@ _WANTS = "requires_grad_ stays after your step. Is there another way to compute 
 _STUDENT = "The student is being trained: its batch norm takes the batch, and its statistics should move."
 _THE_SAME_LOSS = "The loss was right in the code that was given, T² and mix and all. Compare line by line."
 _PEACE: dict[str, tuple[str, Hints]] = {
-    _LEFT[3]: ("the student comes back in another mode than it was", _STUDENT),
+    _LEFT[3]: ("the student comes back in another mode than it was in", _STUDENT),
     _LEFT[4]: ("the teacher's weights have moved", "Which of your lines writes into them?"),
     _LEFT[5]: ("the running statistics of the teacher's batch norm have moved", _STATISTICS),
-    _LEFT[6]: ("the teacher comes back in another mode than it was", _MODE),
+    _LEFT[6]: ("the teacher comes back in another mode than it was in", _MODE),
     _LEFT[7]: ("the teacher's gradients are not what they were", _GRADIENTS),
-    _LEFT[8]: ("some of the teacher's parameters want a gradient that did not, or none that did", _WANTS),
+    _LEFT[8]: ("some of the teacher's parameters require a gradient and did not, or the other way round", _WANTS),
 }
 
 
@@ -598,6 +598,7 @@ _WIDE = [
     "Your teacher is right far more often than the student will ever be. Can eight units imitate what it does?",
     "Vary the width alone, at the same T and mix, and plot the student's accuracy over the teacher's.",
 ]
+_FITS = "This width can do it. Vary the temperature alone, then the mix alone, and plot the student's accuracy."
 _NARROW = "Your teacher knows hardly more than its student could. How good is one of twice or four times the width?"
 
 
@@ -640,7 +641,7 @@ def _outcome(width: int, T: float, mix: float, seed: int) -> tuple[float, float,
 def _settings(answer: Any) -> tuple[int, float, float]:
     names = ("width", "temperature", "mix")
     if not isinstance(answer, Mapping) or set(answer) != set(names):
-        raise Wrong(f"wanted is a dict of {', '.join(names)}", _FOR_INSTANCE)
+        raise Wrong(f"expected a dict of {', '.join(names)}", _FOR_INSTANCE)
     found = {}
     for name in names:
         try:
@@ -663,10 +664,10 @@ def exercise_7(answer: Any) -> None:
     student, teacher, alike = np.mean(found, axis=0)
     if student < LEAST:
         hints = [_ALONE] if mix < 0.3 else [_SHARP] if temperature < 2 else []
-        hints += [_NARROW] if width == STUDENT else _WIDE
+        hints += [_NARROW] if width == STUDENT else _WIDE if width > 4 * STUDENT else [_FITS]
         raise Wrong(
-            f"a mean accuracy of {student:.3f} over {len(HIDDEN)} hidden seeds; wanted is at least {LEAST}. The "
-            f"teachers reach {teacher:.3f}, and the students agree with them on {alike:.3f} of the images",
+            f"a mean accuracy of {student:.3f} over {len(HIDDEN)} hidden seeds; at least {LEAST} is "
+            f"wanted. The teachers reach {teacher:.3f}, and the students agree with them on {alike:.3f} of the images",
             hints,
         )
 

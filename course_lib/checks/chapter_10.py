@@ -549,7 +549,7 @@ class _ReadingOfARank(Reading):
         super().__call__(answer)
 
     def _unreadable(self) -> Wrong:
-        return Wrong(f"wanted are the {self.called} and the letter of a reason", 'For instance: 0, "a"')
+        return Wrong(f"the {self.called} and the letter of a reason are wanted", 'For instance: 0, "a"')
 
 
 exercise_5 = _ReadingOfARank(
@@ -683,7 +683,7 @@ exercise_6 = Method(
         Mistake(partial(_slots, dropped=lambda expert, capacity: 0),
                 "who finds no place is sent to slot 0, which belongs to another token", _GONE),
         Mistake(lambda experts, E, capacity: (slots := _slots(experts, E, capacity))[slots >= 0],
-                "who is dropped is left out: wanted is a number for each token", _GONE),
+                "who is dropped is left out: what is wanted is a number for each token", _GONE),
         Mistake(partial(_slots, number=lambda expert, place, E, capacity: place),
                 "these are the places within each expert: experts share their slots", _OFFSET),
         Mistake(partial(_slots, number=lambda expert, place, E, capacity: expert * E + place),
@@ -815,7 +815,7 @@ def exercise_7(answer: Any) -> None:
             f"{case}: {f'broken, {why}' if why else f'{ratio:.2f}'}"
             for case, (ratio, why) in zip(HIDDEN, steps, strict=True)
         )
-        raise Wrong(f"your step takes {mean:.3f} times as long as ours on average, wanted is at most {LONGEST}; by "
+        raise Wrong(f"your step takes {mean:.3f} times as long as ours on average, the limit is {LONGEST}; by "
                     f"(ranks, m, held), {each}", _hints_for(tables, [why for _, why in steps]))  # fmt: skip
 
 

@@ -51,9 +51,10 @@ def _named(rule: Rule, states: Sequence[State], shares: Sequence[float]) -> tupl
     names = sorted(states[0])
     found = rule(states, shares)
     if not isinstance(found, Mapping):
-        raise Wrong(f"wanted is a dict of names and tensors, and this is of type {type(found).__name__}", _ONE_BY_ONE)
+        raise Wrong(f"expected a dict of names and tensors, and this is of type {type(found).__name__}", _ONE_BY_ONE)
     if set(found) != set(names):
-        raise Wrong("the mean has not the names that the states have", "Each state has the same names: take them.")
+        raise Wrong("the mean does not have the names that the states have",
+                    "Each state has the same names: take them.")  # fmt: skip
     return tuple(found[name] for name in names)
 
 
@@ -226,7 +227,9 @@ exercise_3 = Method(
                 "this is the rise above the mean of both ends: with ends of different height even a straight line has "
                 "one", _LINE),
         Mistake(partial(_barrier_of, ground=lambda losses: torch.maximum(losses[0], losses[-1])),
-                "this is the rise above the worse end", _LINE),
+                "this is the rise above the worse end",
+                ["Take the losses 0, 1.5, 2: in the middle the straight line is at 1. How high is the barrier?",
+                 _LINE[1]]),
         Mistake(partial(_barrier_of, ground=lambda losses: torch.minimum(losses[0], losses[-1])),
                 "this is the rise above the better end", _LINE),
         Mistake(partial(_barrier_of, ground=lambda losses: losses[0]), "this is the rise above the first end", _LINE),
@@ -271,7 +274,7 @@ exercise_4 = Reading(
         "straight line between the two: there is still a barrier",
     },
     reasons={
-        "a": "it does for Ben and Dan too: that they are apart does not say what keeps them so",
+        "a": "that holds for Ben and Dan too: that they are apart does not say what keeps them so",
         "b": "that holds for Dan too, and it is no measure of a barrier: between ends of different height the loss can "
         "bulge and stay below the worse one",
         "c": "",
@@ -450,9 +453,11 @@ exercise_6 = Method(
                 _TRIM),
         Mistake(partial(_ties_of, elect=_sum_of_signs),
                 "the sign is elected by counting heads: two small entries outvote a large one", _ELECT),
-        Mistake(partial(_ties_of, elect=_sign_of_the_largest), "the largest entry alone elects the sign", _ELECT),
+        Mistake(partial(_ties_of, elect=_sign_of_the_largest), "the largest entry alone elects the sign",
+                ["Take the entries 5, -3, -3 of one weight. Which sign weighs more in all, and what is yours?",
+                 _ELECT[1]]),
         Mistake(partial(_ties_of, elect=lambda trimmed, vectors: vectors.sum(0).sign()),
-                "the signs are elected before trimming: entries that are gone still vote", _ELECT),
+                "the signs are elected before trimming: entries that are gone still vote", _ELECT[1]),
         Mistake(partial(_ties_of, merge=lambda trimmed, signs: trimmed.mean(0)),
                 "this is the plain mean of the trimmed vectors: no sign is elected", _DISJOINT),
         Mistake(partial(_ties_of, merge=_unelected),
@@ -528,11 +533,11 @@ def _merged(merge: Any, a: nn.Module, b: nn.Module, train: Split) -> nn.Module:
     finally:
         hook.remove()
     if not isinstance(found, nn.Module):
-        raise Wrong(f"wanted is a network, and this is of type {type(found).__name__}",
+        raise Wrong(f"expected a network, and this is of type {type(found).__name__}",
                     "For instance: return merging.average([a, b])")  # fmt: skip
     theirs, ours = ({n: getattr(v, "shape", None) for n, v in m.state_dict().items()} for m in (found, a))
     if theirs != ours:
-        raise Wrong("the merged network has not the layers of the two, or not their sizes",
+        raise Wrong("the merged network does not have the layers of the two, or not in their sizes",
                     "Both networks side by side would be an ensemble: twice the size, twice the time.")  # fmt: skip
     made = copy.deepcopy(a)
     made.load_state_dict(found.state_dict())

@@ -44,7 +44,7 @@ _ORDER = [
     "[out, r] times [r, in] is [out, in], the shape of W.",
 ]
 _SCALE = [
-    "Let W be 0 and r = 2, alpha = 2: by what number is the product multiplied?",
+    "Let W be 0, r = 2 and alpha = 6: by what number is the product multiplied?",
     "The factor is alpha / r. Which side of A is r long?",
 ]
 
@@ -104,7 +104,7 @@ def _cka(
 
 
 _MIDDLE = [
-    "Add 10 to all features of x. Should they be less like those of y, or more? What does yours say?",
+    "Add 10 to all features of x. Should that make them any less like those of y? What does yours say?",
     "Each feature, a column, has a mean over the examples. It is taken away first, in x and in y.",
 ]
 _ITSELF = [
@@ -187,7 +187,7 @@ exercise_3 = Method(
     cases={
         "6 rows each of 5 features": (normal(1341, 6, 5) + 2, 2 * normal(1342, 6, 5) - 1),
         "7 and 5 rows of 3 features": (normal(1343, 7, 3), normal(1344, 5, 3) @ normal(1345, 3, 3) + 1),
-        "one feature": (3 * normal(1346, 9, 1), normal(1347, 4, 1)),
+        "2 features": (3 * normal(1346, 9, 2), normal(1347, 4, 2)),
         "float32": ((2 * normal(1348, 8, 2)).float(), normal(1349, 6, 2).float()),
         "the same features, moved": (normal(1352, 5, 3), normal(1352, 5, 3) + 3),
     },
@@ -429,12 +429,12 @@ exercise_6 = Method(
         Mistake(partial(_mmd2, within=torch.mean),
                 "an example is compared with itself, too: this is the biased estimate", _ITSELF_TOO),
         Mistake(partial(_mmd2, within=lambda k: (k.sum() - k.diagonal().sum()) / len(k) ** 2),
-                "the pairs of an example with itself are left out of the sum, and not of the number", _ITSELF_TOO),
+                "the pairs of an example with itself are left out of the sum, and not of the number", _ITSELF_TOO[1]),
         Mistake(partial(_mmd2, within=lambda k: k.triu(1).sum() / (len(k) * (len(k) - 1))),
                 "each pair is counted once and divided as if it were counted twice",
                 "(i, j) and (j, i) are two ordered pairs, or one of n (n - 1) / 2."),
         Mistake(partial(_mmd2, between=lambda k: (k.sum() - k.diagonal().sum()) / (k.numel() - len(k))),
-                "between the samples pairs of equal place are left out: nobody meets themselves there", _CROSS),
+                "between the samples pairs of equal place are left out: no example meets itself there", _CROSS),
         Mistake(partial(_mmd2, between_counts=1.0), "the pairs between the samples count once", _CROSS),
         Mistake(partial(_mmd2, exponent=lambda squares, sigma: squares / sigma**2), "the 2 of 2 σ² is lost", _KERNEL),
         Mistake(partial(_mmd2, exponent=lambda squares, sigma: squares / (2 * sigma)), "σ is not squared", _KERNEL),
@@ -513,7 +513,7 @@ _RESTED = "Look at the training loss over the epochs: has it come to rest at thi
 
 def _settings(answer: Any) -> tuple[str, str, float, int]:
     if not isinstance(answer, Mapping) or set(answer) != {"source", "trains", "lr", "epochs"}:
-        raise Wrong("wanted is a dict of source, trains, lr, epochs", _FOR_INSTANCE)
+        raise Wrong("expected a dict of source, trains, lr, epochs", _FOR_INSTANCE)
     for name, known in (("source", SOURCES), ("trains", FROZEN)):
         if not isinstance(answer[name], str) or answer[name] not in known:
             raise Wrong(f"{name} is {answer[name]!r}", f"There are {', '.join(map(repr, known))}.")
@@ -538,7 +538,8 @@ def exercise_7(answer: Any) -> None:
     if mean < LEAST:
         source, trains = settings[:2]
         hints = _EACH_SOURCE if source != "outline letters" else [_FEWER, _RESTED] if trains == "all" else [_RESTED]
-        raise Wrong(f"a mean accuracy of {mean:.3f} over {len(HIDDEN)} hidden seeds; wanted is at least {LEAST}", hints)
+        raise Wrong(f"a mean accuracy of {mean:.3f} over {len(HIDDEN)} hidden seeds; at least "
+                    f"{LEAST} is wanted", hints)  # fmt: skip
 
 
 exercise_8 = OpenProject(

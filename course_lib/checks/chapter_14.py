@@ -53,7 +53,7 @@ def _softmax_by_hand(logits: Tensor) -> Tensor:
 
 
 _TWO_MEMBERS = [
-    "Two members give a class 0.9 and 0.1. Their mean is 0.5. What does yours say, as a probability?",
+    "Two members give a class 0.9 and 0.3. Their mean is 0.6. What does yours say, as a probability?",
     "Probabilities first, then the mean over the members, and the logarithm last.",
 ]
 _SUM_TO_ONE = [
@@ -105,7 +105,7 @@ exercise_1 = Method(
         Mistake(partial(_pooled, pool=_mean),
                 "log-probabilities are averaged: that is the geometric mean, and it does not sum to 1", _TWO_MEMBERS),
         Mistake(partial(_pooled, pool=_mean, end=_normal),
-                "this is the geometric mean, which a member that says 0 can veto; wanted is the arithmetic one",
+                "this is the geometric mean, which a member that says 0 can veto; what is wanted is the arithmetic one",
                 _TWO_MEMBERS),
         Mistake(partial(_pooled, end=torch.exp), "these are the probabilities, without the logarithm",
                 "The log of a probability is never above 0."),
@@ -157,7 +157,7 @@ def _negative(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 _AROUND_THE_MEAN = [
-    "Two members say 1 and 3. How far are they from their own mean, squared and averaged?",
+    "Two members say 1 and 5. How far are they from their own mean, squared and averaged?",
     "The ambiguity does not know the targets: it is how far the members are from what they say together.",
 ]
 _IDENTITY = "Print first - (second - third). It is 0, for any answers and targets."
@@ -211,8 +211,11 @@ exercise_2 = Method(
         Mistake(partial(_reordered, order=(0, 2, 1)), "the last two numbers are in each other's place", _ORDER),
         Mistake(partial(_ambiguity, over=torch.sum), "the errors are added up over the examples", _EXAMPLES),
         Mistake(partial(_ambiguity, first=lambda mean, targets: (mean.mean() - targets.mean()).square()),
-                "the errors of the examples cancel before they are squared", _MEAN_FIRST),
-        Mistake(partial(_ambiguity, size=torch.abs), "the members' errors are not squared", _MEAN_FIRST),
+                "the errors of the examples cancel before they are squared",
+                ["On one example the mean is 1 too high, on another 1 too low. What is its error?", _MEAN_FIRST[1]]),
+        Mistake(partial(_ambiguity, size=torch.abs), "the members' errors are not squared",
+                ["Two members say 1 and 5, the target is 2. What is the mean of their own squared errors?",
+                 "The second number: each member's distance from the target, squared, then the mean over all."]),
         Mistake(partial(_ambiguity, aim=lambda targets: targets[:, None]),
                 "each member is compared with one target, not with one for each example", _PLACES),
         # Right as long as there are two members
@@ -644,14 +647,15 @@ exercise_6 = Method(
     },
     mistakes=[
         Mistake(partial(_round, voice=lambda error, classes: ((1 - error) / error).log()),
-                "log(K - 1) is missing: this is AdaBoost for two classes", _CLASSES),
+                "log(K - 1) is missing: this is AdaBoost for two classes", _CLASSES[1]),
         Mistake(partial(_round, voice=lambda error, classes: ((1 - error) / error).log() + math.log(classes)),
                 "log K is added, not log(K - 1)", _CLASSES),
         Mistake(partial(_round, voice=lambda error, classes: _samme_alpha(error, classes) / 2),
                 "alpha is halved: that goes with weights that grow and shrink by e^(±alpha), for two classes",
                 _GROWTH),
         Mistake(partial(_round, voice=lambda error, classes: -((1 - error) / error).log() + math.log(classes - 1)),
-                "the fraction is upside down: the more a learner errs, the louder its voice", _CLASSES),
+                "the fraction is upside down: the more a learner errs, the louder its voice",
+                "Compare an error of 0.1 with one of 0.6: whose voice should be louder, and whose is in yours?"),
         Mistake(partial(_round, share=lambda weights, wrong: wrong.to(weights).mean()),
                 "mistakes are counted, whatever they weigh", _BY_WEIGHT),
         Mistake(partial(_round, share=lambda weights, wrong: weights[~wrong].sum() / weights.sum()),
@@ -747,7 +751,7 @@ def cost(members: int, width: int) -> int:
 
 def _settings(answer: Any) -> tuple[int, int, str, float, int]:
     if not isinstance(answer, Mapping) or set(answer) != {"members", "width", "differ", "lr", "epochs"}:
-        raise Wrong("wanted is a dict of members, width, differ, lr, epochs", _FOR_INSTANCE)
+        raise Wrong("expected a dict of members, width, differ, lr, epochs", _FOR_INSTANCE)
     differ = answer["differ"]
     if not isinstance(differ, str) or differ not in DIFFERENCES:
         raise Wrong(f"differ is {differ!r}", f"There are {', '.join(map(repr, DIFFERENCES))}.")
@@ -778,7 +782,7 @@ def exercise_7(answer: Any) -> None:
         narrow = [_NARROW, _RESTED] if width < 40 else [_RESTED, _NARROW]
         alike = members == 1 or differ == "nothing"
         hints = [_ALIKE, *narrow] if alike else [_FEWER_IMAGES, *narrow] if differ == "bootstrap" else narrow
-        raise Wrong(f"a mean negative log-likelihood of {mean:.3f} over {len(HIDDEN)} hidden seeds; wanted is at most "
+        raise Wrong(f"a mean negative log-likelihood of {mean:.3f} over {len(HIDDEN)} hidden seeds; the limit is "
                     f"{MOST}", hints)  # fmt: skip
 
 

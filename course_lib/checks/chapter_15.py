@@ -299,7 +299,7 @@ exercise_2 = Method(
                 _LAID),
         Mistake(partial(_fold, laid=lambda scale: scale[:, None, None]), "the factors are laid along the inputs",
                 _LAID),
-        Mistake(_norm_first, "this is a batch norm before the convolution: wanted is one behind it",
+        Mistake(_norm_first, "this is a batch norm before the convolution: what is wanted is one behind it",
                 ["Which of the two sees x first? Whose channels does the batch norm know?", *_LAID]),
         # Right as long as there is a bias
         Mistake(_nothing_without_a_bias, "without a bias of the convolution, the mean is not taken off", _BIAS),
@@ -884,7 +884,7 @@ exercise_6 = Method(
         Mistake(lambda sizes, k: _boundaries(sizes, max(k - 1, 1)), "there is one segment fewer than there may be",
                 _FORM),
         Mistake(lambda sizes, k: [cut + 1 for cut in _boundaries(sizes, k)],
-                "these are the first layers of the segments: wanted are the last ones", _FORM),
+                "these are the first layers of the segments: what is wanted are the last ones", _FORM),
         Mistake(lambda sizes, k: [*_boundaries(sizes, k), len(sizes) - 1],
                 "the last layer is among the cut places: the last segment ends there by itself", _FORM),
         Mistake(_one_by_one, "each cut is the best further one: together others are better", _BOUND),
@@ -1044,8 +1044,8 @@ def exercise_7(answer: Any) -> None:
             f"{load[:4]}: {'late' if ratio == LATE else f'{ratio:.2f}'}"
             for load, ratio in zip(HIDDEN, ratios, strict=True)
         )
-        raise Wrong(f"{said}by your policy the machine works {mean:.3f} times as long as it must on average, wanted is "
-                    f"at most {MOST}; by (rate, fixed, each, limit), {each}", [worst, *hints])  # fmt: skip
+        raise Wrong(f"{said}by your policy the machine works {mean:.3f} times as long as it must on average, "
+                    f"the limit is {MOST}; by (rate, fixed, each, limit), {each}", [worst, *hints])  # fmt: skip
 
 
 exercise_8 = OpenProject(

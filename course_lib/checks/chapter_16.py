@@ -68,7 +68,7 @@ _MEAN = [
     "The mean of all scores, and whether it is at least the target.",
 ]
 _MEDIAN = [
-    "Take the seconds 1, 2 and 30. Which of them is the time of the entry?",
+    "Take the seconds 30, 1 and 2. Which of them is the time of the entry?",
     "The median of all runs: np.median, or the middle one; of an even number the mean of the middle two.",
 ]
 _ALL_RUNS = "A run that missed the target took its time, too, and its score is in the mean. No run is left out."
@@ -127,9 +127,9 @@ exercise_1 = Method(
                 "an entry that does not qualify has its time, too", "The seconds do not depend on the scores."),
         # Right as long as the number of runs is odd
         Mistake(partial(_verdict, time=lambda seconds, scores, target: np.sort(seconds)[(len(seconds) - 1) // 2]),
-                "of an even number of runs this is the lower of the middle two: so torch's median has it", _MEDIAN),
+                "of an even number of runs this is the lower of the middle two: so torch's median has it", _MEDIAN[1]),
         Mistake(partial(_verdict, time=lambda seconds, scores, target: np.sort(seconds)[len(seconds) // 2]),
-                "of an even number of runs this is the upper of the middle two", _MEDIAN),
+                "of an even number of runs this is the upper of the middle two", _MEDIAN[1]),
     ],
 )  # fmt: skip
 
@@ -214,7 +214,8 @@ exercise_2 = Method(
         "5 rounds": _rounds(1601, 5, 1.8, 0.2),
         "12 rounds": _rounds(1602, 12, 0.9, 0.1),
         "2 rounds": _rounds(1603, 2, 3.0, 0.3),
-        "4 rounds that all give the same ratio": (np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.5, 1.0, 2.0, 4.0])),
+        "4 rounds that give nearly the same ratio": (
+            np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.5, 1.0, 2.0, 4.001])),
     },
     mistakes=[
         Mistake(lambda before, after: _speedup(after, before),
@@ -226,7 +227,7 @@ exercise_2 = Method(
                   "this is the ratio of the medians: they may stem from different rounds", _BY_ROUND)
           for around in (False, True)],
         *[Mistake(partial(_speedup, middle=lambda before, after: np.median(before / after), around=around),
-                  "this is the median of the rounds' ratios, and wanted is their geometric mean", _RATIO)
+                  "this is the median of the rounds' ratios, and what is wanted is their geometric mean", _RATIO)
           for around in (False, True)],
         *[Mistake(rule, "this is the arithmetic mean of the ratios: of 2 and 0.5 it makes 1.25", _RATIO)
           for rule in (_of_the_ratios,
@@ -271,8 +272,8 @@ def _what_is_left(
 
 
 _MULTIPLY = [
-    "One rung makes a run twice as fast, another one three times. How fast is it with both, if they do not care for "
-    "each other?",
+    "One rung makes a run twice as fast, another one three times. How fast is it with both, if neither "
+    "affects the other?",
     "Speed-ups multiply: 2 times 3. math.prod(alone.values()) does that.",
 ]
 _OVER = [
@@ -306,7 +307,7 @@ exercise_3 = Method(
         Mistake(lambda alone, together: together / (together * math.prod(alone.values())),
                 "the product has the joint speed-up in it: it is that of the single ones alone", _OVER),
         Mistake(partial(_what_is_left, compared=lambda together, expected: together - expected),
-                "this is a difference: 0 would mean that they do not care for each other, and it should be 1", _OVER),
+                "this is a difference: 0 would mean that they do not affect each other, and it should be 1", _OVER),
         Mistake(partial(_what_is_left, compared=lambda together, expected: together * expected),
                 "the product is multiplied by, and should be divided by", _OVER),
         Mistake(partial(_what_is_left, compared=lambda together, expected: math.log(together / expected)),
@@ -438,7 +439,7 @@ def _rungs_named(value: Any, part: str) -> set[str]:
 def exercise_5(answer: Any) -> None:
     """What each rung is worth: a table to read."""
     if not isinstance(answer, Mapping) or set(answer) != set(_PARTS):
-        raise Wrong(f"wanted is a dict with {', '.join(map(repr, _PARTS))}", _ANSWER)
+        raise Wrong(f"expected a dict with {', '.join(map(repr, _PARTS))}", _ANSWER)
     most, unsure, hurts = (_rungs_named(answer[part], part) for part in _PARTS)
     if len(most) != 1:
         raise Wrong("'most' should be one rung", _ANSWER)
@@ -488,7 +489,7 @@ def _as_entry(answer: Any) -> Entry:
     if isinstance(answer, Recipe):
         return Entry(network=quick_net, recipe=answer)
     if not isinstance(answer, Entry) or not isinstance(answer.recipe, Recipe):
-        raise Wrong("wanted is a Recipe or an Entry", _FOR_INSTANCE)
+        raise Wrong("expected a Recipe or an Entry", _FOR_INSTANCE)
     return answer
 
 
@@ -508,6 +509,8 @@ def _accuracy(answer: Any, seed: int) -> float:
     entry, (task, test) = _as_entry(answer), _drawn()
     shape, classes = task.data.input_shape, len(task.data.classes)
     untrained = fresh(lambda: entry.network(shape, classes), entry.recipe, seed=seed)
+    if entry.prepare is not None:
+        untrained = entry.prepare(untrained, task.data)
     if (known := evaluate(untrained, test).accuracy) > 0.5:
         raise Wrong(f"your network knows {known:.0%} of the digits before its first step: it was trained before",
                     "network(input_shape, classes) should make a new one at each call.")  # fmt: skip
@@ -645,7 +648,7 @@ exercise_8 = Method(
     hint=[*_FIRST, *_STUDENT],
     cases={
         "four plans": ((0.905, 0.01, 0.9), (0.922, 0.01, 0.9), (0.918, 0.01, 0.9), (0.9035, 0.01, 0.9)),
-        "plans with little to spare, and with much": ((0.902, 0.01, 0.9), (0.99, 0.01, 0.9), (0.95, 0.0, 0.9)),
+        "plans with little to spare, and with much": ((0.902, 0.01, 0.9), (0.99, 0.01, 0.9), (0.95, 0.001, 0.9)),
         "other confidences": ((0.905, 0.01, 0.9, 0.99), (0.905, 0.01, 0.9, 0.8), (0.76, 0.03, 0.75, 0.9)),
     },
     mistakes=[

@@ -121,7 +121,7 @@ exercise_1 = Method(
         Mistake(partial(_straight_line, line=_the_other_way),
                 "you fit sizes to losses: the errors are those of the loss", [_ALL_RUNS, *_LOGS]),
         Mistake(partial(_straight_line, line=_of_the_losses),
-                "these are least squares of the losses, and wanted are those of their logarithms",
+                "these are least squares of the losses, and what is wanted are those of their logarithms",
                 [_ALL_RUNS, *_LOGS]),
         Mistake(partial(_straight_line, line=_half_logarithmic),
                 "only the sizes are in logarithms: the losses have to be, too", _LOGS),
@@ -183,9 +183,10 @@ exercise_2 = Method(
                 "the PUE has the machines in it already: it is not added to them", _BUILDING),
         Mistake(partial(_energy, drawn=lambda watts, pue: watts * (pue - 1)),
                 "this is only what the building draws besides the machines", _BUILDING),
-        Mistake(partial(_energy, joules=3.6e3), "these are watt-hours, and wanted are kilowatt-hours", _UNITS),
-        Mistake(partial(_energy, joules=1.0), "these are watt-seconds, and wanted are kilowatt-hours", _UNITS),
-        Mistake(partial(_energy, joules=1e3), "these are kilowatt-seconds, and wanted are kilowatt-hours", _UNITS),
+        Mistake(partial(_energy, joules=3.6e3), "these are watt-hours, and what is wanted are kilowatt-hours", _UNITS),
+        Mistake(partial(_energy, joules=1.0), "these are watt-seconds, and what is wanted are kilowatt-hours", _UNITS),
+        Mistake(partial(_energy, joules=1e3), "these are kilowatt-seconds, and what is wanted are "
+                                              "kilowatt-hours", _UNITS),
         Mistake(partial(_energy, joules=6e4), "an hour has 3,600 seconds, and you take 60", _UNITS),
         Mistake(lambda operations, peak, utilisation, watts, pue: operations / (peak * utilisation) / 3600,
                 "these are hours: the power is missing", _UNITS),
@@ -337,7 +338,7 @@ def _laws_named(value: Any, part: str) -> set[str]:
 def exercise_4(answer: Any) -> None:
     """Which law for ten times the budget: a table to read."""
     if not isinstance(answer, Mapping) or set(answer) != set(_PARTS):
-        raise Wrong(f"wanted is a dict with {', '.join(map(repr, _PARTS))}", _ANSWER)
+        raise Wrong(f"expected a dict with {', '.join(map(repr, _PARTS))}", _ANSWER)
     trust, fooled, unsure = (_laws_named(answer[part], part) for part in _PARTS)
     for part, found in (("trust", trust), ("best fit, fails", fooled)):
         if len(found) != 1:
@@ -421,12 +422,12 @@ _UNFIT: dict[str, dict[str, str]] = {
         "prune single weights": "masked weights take their room as before, and activations too (chapter 8, section "
         "6.1)",
         "cut channels and distil": "the batch would fit, and the network would be another one (chapters 8 and 9): "
-        "wanted is the same step",
+        "what is wanted is the same step",
         "average the tunings": "it averages the weights of several trained networks (chapter 12), not the gradients of "
         "one batch's parts",
     },
     "two tunings": {
-        "ensemble": "it asks both networks at each answer (chapter 14), and wanted is the price of one",
+        "ensemble": "it asks both networks at each answer (chapter 14), and what is wanted is the price of one",
         "fine-tune all weights": "one would be tuned on the other's data, and these may not leave their team; and it "
         "would forget its own task on the way (chapter 13, section 5.7)",
         "cut channels and distil": "it makes one network smaller (chapters 8 and 9); to teach it both tasks takes "
@@ -468,7 +469,7 @@ def exercise_5(answer: Any) -> None:
     """Which technique first."""
     if not isinstance(answer, Mapping) or set(answer) != set(SITUATIONS):
         raise Wrong(
-            f"wanted is a dict with {', '.join(map(repr, SITUATIONS))}", 'For instance: {"phone": "ensemble", …}'
+            f"expected a dict with {', '.join(map(repr, SITUATIONS))}", 'For instance: {"phone": "ensemble", …}'
         )
     chosen = {situation: _technique(answer[situation], situation) for situation in SITUATIONS}
     for situation, technique in chosen.items():
@@ -515,7 +516,7 @@ _CHEAPER = [
 def exercise_6(answer: Any) -> None:
     """Plan the small runs."""
     if not isinstance(answer, Mapping) or set(answer) != set(_ASKED):
-        raise Wrong(f"wanted is a dict with {', '.join(map(repr, _ASKED))}", _PLAN)
+        raise Wrong(f"expected a dict with {', '.join(map(repr, _ASKED))}", _PLAN)
     fitted, held = (_sizes(answer[part], part) for part in ("fitted", "held out"))
     _tell_apart(fitted)
     seeds, rates = _whole(answer["seeds"], "seeds"), answer["rates"]
@@ -528,7 +529,7 @@ def exercise_6(answer: Any) -> None:
         raise Wrong(f"{tries} {'rate' if tries == 1 else 'rates'} at each size: a size whose rate does not suit it "
                     "looks worse than it is, and the law bends",
                     ["Chapter 3: does the best rate stay where it is as a network grows?",
-                     'Three rates or more at each size, or "transferred" (muP, checked at two sizes).'])  # fmt: skip
+                     'Three rates at each size, or "transferred" (muP: three at the smallest run).'])  # fmt: skip
     _judge_schedule(answer["schedule"])
     _beyond(fitted, held)
     smallest = min(n * d for n, d in fitted)
@@ -676,6 +677,7 @@ def _whole_passes(unique: float, passes: float, r_star: float = 15.4) -> tuple[f
 _EFFECTIVE = ("the effective examples", "the share")
 _REPEATED = [
     "Work it out for passes = 1: nothing is repeated, and D' is unique.",
+    "For passes = 2 and r_star = 2, D' is 1.787 times unique.",
     "again = passes - 1; unique + unique * r_star * (1 - math.exp(-again / r_star)).",
 ]
 _LAST_PASS = [
@@ -717,12 +719,15 @@ exercise_8 = Method(
         Mistake(partial(_worth, repeated=lambda again, r_star: r_star * (1 - math.exp(-again))),
                 "the repetitions are not divided by R* in the exponent", _REPEATED),
         Mistake(_at_the_end,
-                "this is what an example is worth at the very end of the last pass, and wanted is the whole pass",
+                "this is what an example is worth at the very end of the last pass, and what is wanted is the "
+                "whole pass",
                 _LAST_PASS),
-        Mistake(_mean_worth, "this is what all passes are worth on average, and wanted is the last one", _LAST_PASS),
-        Mistake(_in_examples, "these are examples, and wanted is a share of the first pass: divide by unique",
+        Mistake(_mean_worth, "this is what all passes are worth on average, and what is wanted is the last "
+                             "one", _LAST_PASS),
+        Mistake(_in_examples, "these are examples, and what is wanted is a share of the first pass: divide by unique",
                 _LAST_PASS),
-        Mistake(_of_all, "this is the last pass's share of all effective examples, and wanted is that of the first "
+        Mistake(_of_all, "this is the last pass's share of all effective examples, and what is wanted is that "
+                         "of the first "
                 "pass", _LAST_PASS),
         Mistake(lambda unique, passes, r_star=15.4: (
                     _worth(unique, passes, r_star)[0],

@@ -34,7 +34,7 @@ def rate_and_schedule_only(base: Recipe, example: str) -> Callable[[Any], None]:
 
 def _admit(answer: Any, *, base: Recipe, example: str) -> None:
     if not isinstance(answer, Recipe):
-        raise Wrong("wanted is a Recipe", example)
+        raise Wrong("expected a Recipe", example)
     others = [slot.name for slot in fields(Recipe) if slot.name not in FREE]
     if changed := [name for name in others if getattr(answer, name) != getattr(base, name)]:
         raise Wrong(f"besides the optimizer and the schedule you changed {', '.join(changed)}",

@@ -232,12 +232,12 @@ def restore(base: nn.Module, parts: Mapping[str, Part]) -> nn.Module:
     ValueError : a difference is of no tensor of the base, or does not fit it.
     """
     made = copy.deepcopy(base)
-    state = made.state_dict()
+    before, state = base.state_dict(), made.state_dict()
     for name, part in parts.items():
         difference = part.dense()
         if name not in state or state[name].shape != difference.shape:
             raise ValueError(f"parts: {name!r} {list(difference.shape)} does not fit base: must be a delta from it")
-        state[name].add_(difference.to(state[name]))
+        state[name].copy_(before[name] + difference.to(before[name]))  # not added to it: tied weights have two names
     return made
 
 

@@ -254,7 +254,8 @@ def flash_attention(
     ------
     ValueError : ``block`` is below 1.
     """
-    return _Flash.apply(q, k, v, causal, keep, block)
+    with torch.autocast(q.device.type, enabled=False):  # the backward pass runs without it: both in the type of q
+        return _Flash.apply(q, k, v, causal, keep, block)
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -304,7 +305,8 @@ class KVCache:
         Views of all keys and all values so far, ``[N, heads, length, d]``.
         """
         wanted, new = (*self._room.shape[1:3], k.shape[-2], self._room.shape[-1]), k.shape[-2]
-        require("k", tuple(k.shape), wanted.__eq__, f"of the shape {wanted}")
+        for name, part in (("k", k), ("v", v)):
+            require(name, tuple(part.shape), wanted.__eq__, f"of the shape {wanted}")
         left = self._room.shape[-2] - self.length
         require("tokens", new, lambda n: n <= left, f"at most {left}, for which there is room")
         self._room[0, :, :, self.length : self.length + new] = k

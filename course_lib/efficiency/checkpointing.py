@@ -67,7 +67,7 @@ class _Recomputed(torch.autograd.Function):
 def gradients(y: Tensor, wrt: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """The gradient with respect to each, None for what wants none."""
     wanted = [tensor for tensor in wrt if tensor.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True) if wanted else ())
     return [next(found) if tensor.requires_grad else None for tensor in wrt]
 
 

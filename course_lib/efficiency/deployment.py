@@ -203,8 +203,10 @@ def parity(
 def _apart(wanted: Tensor, engine: Engine, x: Tensor) -> tuple[float, float, str]:
     try:
         y = engine.answer(x).to(wanted)
+        if y.shape != wanted.shape:
+            raise ValueError(f"gives {list(y.shape)}, the first engine {list(wanted.shape)}")
     except Exception as error:  # whatever an engine raises
-        return float("nan"), float("nan"), str(error).strip().splitlines()[0]
+        return float("nan"), float("nan"), (str(error).strip() or type(error).__name__).splitlines()[0]
     difference = (y - wanted).abs().max() / wanted.abs().max()
     same = (y.argmax(-1) == wanted.argmax(-1)).double().mean()
     return float(difference), float(same), ""

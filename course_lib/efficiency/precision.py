@@ -353,7 +353,8 @@ def hold_in(optimizer: Optimizer, dtype: torch.dtype, store: Storing) -> Optimiz
     _checked_float(dtype)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     before: list[Tensor] = []
-    states: list[dict[str, Tensor]] = [{} for _ in params]
+    # In a group: so it is part of the optimizer's state, and a run that is resumed has it
+    optimizer.param_groups[0]["held"] = [{} for _ in params]
 
     @torch.no_grad()
     def round_first(*_: Any) -> None:
@@ -362,8 +363,8 @@ def hold_in(optimizer: Optimizer, dtype: torch.dtype, store: Storing) -> Optimiz
             p.copy_(low)
 
     @torch.no_grad()
-    def store_change(*_: Any) -> None:
-        for p, low, state in zip(params, before, states, strict=True):
+    def store_change(optimizer: Optimizer, *_: Any) -> None:
+        for p, low, state in zip(params, before, optimizer.param_groups[0]["held"], strict=True):
             p.copy_(store(low, p - low, state))
 
     with torch.no_grad():

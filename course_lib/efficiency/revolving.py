@@ -176,6 +176,8 @@ class _Revolved(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums: dict[Tensor, Tensor] = {}
         reversed_, ctx.last = ctx.last, None
+        if reversed_ is None:
+            raise RuntimeError("revolved has gone back already: its graph serves one backward pass; run forward again")
         while reversed_:
             layer, x, y = reversed_
             weights = list(layer.parameters())

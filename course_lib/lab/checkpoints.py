@@ -18,7 +18,6 @@ from torch import nn
 from course_lib.lab.data import Dataset
 from course_lib.lab.files import replaced
 from course_lib.lab.fingerprints import Unfingerprintable, describe, fingerprint
-from course_lib.lab.runtime import device
 
 if TYPE_CHECKING:
     from course_lib.lab.training import History, Recipe
@@ -73,7 +72,7 @@ class Checkpoint:
         if not self.path.exists():
             return
         try:
-            state = torch.load(self.path, map_location=device(), weights_only=True)
+            state = torch.load(self.path, map_location=next(self.model.parameters()).device, weights_only=True)
             identity, kept = state["identity"], state["history"]
         except Exception as error:
             raise ValueError(

@@ -55,6 +55,14 @@ def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
     return 2 * pairs * (query.shape[-1] + value.shape[-1])
 
 
+def _multi_head(out: Any, query: Tensor, key: Tensor, value: Tensor, width: int, *_: Any, **__: Any) -> int:
+    # torch hands over [tokens, N, width], whatever batch_first is; what it calls inside is not seen
+    examples = query.shape[1] if query.ndim == 3 else 1
+    queries, keys = query.shape[0], key.shape[0]
+    maps = 2 * examples * width * (2 * queries * width + keys * (key.shape[-1] + value.shape[-1]))
+    return maps + 4 * examples * queries * keys * width
+
+
 RULES: dict[Any, Callable[..., int]] = {
     F.linear: _dense,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
@@ -62,6 +70,7 @@ RULES: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm), _product),
     **dict.fromkeys((Tensor.__matmul__,), _product),
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head,
 }
 
 
@@ -83,9 +92,10 @@ def flops(model: nn.Module, example_input: Inputs) -> int:
 
     Those are nearly all there are; activations, norms and biases are left out, as in
     ``torch.utils.flop_counter.FlopCounterMode``. Weights that are zero count like others: they are multiplied, too.
+    Recurrent layers and ``torch.einsum`` are not counted. A copy is called: statistics of batch norms stay as they are.
     """
     with _Counter() as counter:
-        model(*_inputs(example_input))
+        copy.deepcopy(model)(*_inputs(example_input))
     return counter.count
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from course_lib.lab.arguments import require
 from course_lib.lab.data import Dataset, batches
 
 
@@ -18,8 +19,11 @@ def check_network(model: nn.Module, data: Dataset) -> None:
 
     Raises
     ------
-    ValueError : nothing in it can be trained, it cannot take such an example, or it has fewer outputs than classes.
+    ValueError : a split is empty; nothing in the network can be trained, it cannot take such an example, or it has
+        fewer outputs than classes.
     """
+    for name, split in {"data.train": data.train, "data.val": data.val}.items():
+        require(name, split, len, "of at least one example")
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
         frozen = "all its weights are frozen" if next(model.parameters(), None) is not None else "it has no weights"

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from course_lib.lab import plotting
-from course_lib.lab.arguments import at_least
+from course_lib.lab.arguments import at_least, require
 from course_lib.lab.data import Dataset
 from course_lib.lab.runtime import device, interactive, usable_cores
 from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
@@ -135,11 +135,15 @@ class Comparison:
 
     def by(self, column: str) -> Comparison:
         """The same runs, compared by another column of their histories, of which the last row counts."""
-        wrong = [arm for arm, histories in self.histories.items() if len(histories) != len(self.seeds)]
+        wrong = [arm for arm in self.histories if not self._whole(arm)]
         if wrong:
             raise ValueError(f"column={column!r}: not every run of {wrong[0]!r} has a history")
         values = {arm: np.array([h[column][-1] for h in histories]) for arm, histories in self.histories.items()}
         return Comparison(column, self.seeds, values, self.histories)
+
+    def _whole(self, arm: str) -> bool:
+        """Whether each run of an arm has a history."""
+        return len(self.histories[arm]) == len(self.seeds) and all(map(len, self.histories[arm]))
 
     def _open(self, arm: str) -> int:
         """How many of an arm's runs are censored."""
@@ -199,11 +203,11 @@ class Comparison:
 
         An arm of which a run diverged has no mean and is left out; the table names it.
         """
-        lines = {
-            arm: np.array([history[column] for history in histories])
-            for arm, histories in self.histories.items()
-            if len(histories) == len(self.seeds)
-        }
+        lines = {}
+        for arm in filter(self._whole, self.histories):
+            rows = sorted({len(history) for history in self.histories[arm]})
+            require("column", column, lambda _, rows=rows: len(rows) == 1, f"of runs of one length; {arm!r} has {rows}")
+            lines[arm] = np.array([history[column] for history in self.histories[arm]])
         return plotting.curves(lines, ax=ax, ylabel=column.replace("_", " "), **settings)
 
     def _known(self, arm: str) -> str:
@@ -331,7 +335,7 @@ def _one_run(
             history = fit(network, data, arm, seed=seed, progress=False)
             if callable(metric) and not isinstance(metric, Reach):
                 return float(metric(network, data)), True, history
-            if isinstance(metric, str) and metric.startswith("test_"):
+            if metric in ("test_accuracy", "test_loss"):
                 on_test = evaluate(network, data.test)
                 return {"test_accuracy": on_test.accuracy, "test_loss": on_test.loss}[metric], True, history
         else:

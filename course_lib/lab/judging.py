@@ -116,7 +116,7 @@ class Method:
         for on, case in self.cases.items():
             changed: list[str] = []
             try:
-                self._judge(self.ask(_watched(answer, changed), *map(_copy, case)), case, before)
+                self._judge(self.ask(_watched(answer, changed, bool(before)), *map(_copy, case)), case, before)
             except Wrong as wrong:
                 raise Wrong(f"{wrong.message} (on {on})", wrong.hints) from None
             if changed and not meddled:
@@ -187,7 +187,7 @@ class Reading:
 
     def _unreadable(self) -> Wrong:
         example = next(iter(self.choices)) if isinstance(self.right[0], str) else 1.5
-        return Wrong(f"wanted are the {self.called} and the letter of a reason", f'For instance: {example!r}, "a"')
+        return Wrong(f"the {self.called} and the letter of a reason are wanted", f'For instance: {example!r}, "a"')
 
     def _judge_choice(self, found: Any) -> None:
         if not isinstance(found, str):
@@ -234,7 +234,7 @@ class Design:
         self.admit(answer)
         mean = float(np.mean([self._scored(answer, seed) for seed in self.seeds]))
         if not mean >= self.least:
-            missed = f"{self.what} of {mean:.3f} over {len(self.seeds)} hidden seeds; wanted is at least {self.least}"
+            missed = f"{self.what} of {mean:.3f} over {len(self.seeds)} hidden seeds; at least {self.least} is wanted"
             raise Wrong(missed, self.hint)
 
     def _scored(self, answer: Any, seed: int) -> float:
@@ -264,7 +264,7 @@ class OpenProject:
     def __call__(self, answer: Any) -> None:
         points, marks = ", ".join(self.rubric), ", ".join(f'"{mark}"' for mark in MARKS)
         if not isinstance(answer, Mapping) or set(answer) != set(self.rubric):
-            raise Wrong(f"wanted is a mark for each point of the rubric: {points}", f"The marks are {marks}.")
+            raise Wrong(f"a mark is wanted for each point of the rubric: {points}", f"The marks are {marks}.")
         for point, mark in answer.items():
             if mark not in MARKS:
                 raise Wrong(f"there is no mark {mark!r} (for {point})", f"The marks are {marks}.")
@@ -304,12 +304,23 @@ def _expect_function(answer: Any) -> None:
         raise Wrong(f"a function is wanted here, and this is {_kind(answer)}")
 
 
-def _watched(answer: Any, changed: list[str]) -> Rule:
-    """The answer as a rule, which adds the name of each argument that it changes to ``changed``."""
+def _watched(answer: Any, changed: list[str], answered: bool) -> Rule:
+    """The answer as a rule, which adds the name of each argument that it changes to ``changed``.
+
+    ``answered``: it has returned something before, so that to return nothing now is a mistake, and no empty cell.
+    """
 
     def rule(*inputs: Any) -> Any:
         before = [_copy(value) if isinstance(value, _DATA) else None for value in inputs]
-        result = _called(answer, inputs)
+        nonlocal answered
+        try:
+            result = _called(answer, inputs)
+        except NotAttempted:
+            if not answered:
+                raise
+            raise Wrong("your function returns nothing for some inputs",
+                        "Does every way through it end in a return?") from None  # fmt: skip
+        answered = True
         for position, (old, new) in enumerate(zip(before, inputs, strict=True)):
             if old is not None and not _same(old, new):
                 changed.append(_argument_names(answer, len(inputs))[position])
@@ -341,7 +352,8 @@ def expect_close(
     right = torch.as_tensor(expected)
     if values.shape != right.shape:
         raise Wrong(f"{what} should have shape {_shape(right)}, and has {_shape(values)}{where}", hint)
-    if isinstance(expected, Tensor) and isinstance(found, Tensor) and values.dtype != right.dtype:
+    rounded = close(found, expected, rtol=1e-3, atol=1e-3)  # else the type is not what is wrong
+    if rounded and isinstance(expected, Tensor) and isinstance(found, Tensor) and values.dtype != right.dtype:
         raise Wrong(f"{what} should be {_dtype(right)} like its input, and is {_dtype(values)}{where}", hint)
     if right.isfinite().all() and not values.isfinite().all():
         raise Wrong(f"{what} is not finite: it holds NaN or infinity{where}", hint)

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from course_lib.lab import doors
-from course_lib.lab.arguments import at_least
+from course_lib.lab.arguments import at_least, is_whole, require
 from course_lib.lab.checkpoints import Checkpoint
 from course_lib.lab.data import Augment, Dataset, Split, batches
 from course_lib.lab.runtime import device, interactive, seed_everything
@@ -100,6 +100,7 @@ class Recipe:
             value = getattr(self, name)
             if not (name == "batch_size" and callable(value)):
                 at_least(1, **{name: value})
+                object.__setattr__(self, name, int(value))  # NumPy's integers, too, are Python's from here on
         if isinstance(self.batch_size, int) and self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate}: must be at most batch_size={self.batch_size}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
@@ -126,9 +127,9 @@ class Recipe:
         if isinstance(self.batch_size, int):
             return self.batch_size
         size = self.batch_size(epoch)
-        if not isinstance(size, int) or size < self.accumulate:
+        if not is_whole(size) or size < self.accumulate:
             raise ValueError(f"batch_size({epoch}) = {size!r}: must be a whole number of at least {self.accumulate}")
-        return size
+        return int(size)
 
     def steps(self, examples: int) -> list[int]:
         """The number of steps of each epoch on a training split of so many examples."""
@@ -222,7 +223,12 @@ def logits_of(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tens
 
     The network may be anything that is called like one; without a weight of its own it computes in float32, where the
     split lies.
+
+    Raises
+    ------
+    ValueError : the split is empty.
     """
+    require("split", split, len, "of at least one example")
     with _evaluating(model), torch.no_grad():
         where, dtype = _home(model, split)
         return torch.cat([model(x) for x, _ in batches(split.to(where), batch_size, dtype=dtype)])
@@ -234,7 +240,12 @@ def evaluate(
     """Loss and accuracy of the model on a split, in evaluation mode and without gradients.
 
     The loss is that of ``objective``; the accuracy that of the model's logits.
+
+    Raises
+    ------
+    ValueError : the split is empty.
     """
+    require("split", split, len, "of at least one example")
     losses, right = [], []
     with _evaluating(model), torch.no_grad():
         where, dtype = _home(model, split)
@@ -249,13 +260,14 @@ def evaluate(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that was."""
-    was_training = model.training
+    """Evaluation mode, and afterwards the mode that was, of each part."""
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part, training in modes.items():
+            part.training = training
 
 
 def _home(model: nn.Module, split: Split) -> tuple[torch.device, torch.dtype]:
@@ -286,10 +298,11 @@ def fit(
     Raises
     ------
     Diverged : the loss became NaN or infinite.
-    ValueError : a slot of the recipe, the model and the data do not fit together; or the checkpoint belongs to another
-        recipe, seed, network or data set, or cannot be read.
+    ValueError : ``seed`` is no whole number from 0 to 2**32 - 1; a slot of the recipe, the model and the data do not
+        fit together; or the checkpoint belongs to another recipe, seed, network or data set, or cannot be read.
     Unfingerprintable : with ``checkpoint``, for a slot of which it cannot be told whether it is the same another time.
     """
+    require("seed", seed, lambda s: is_whole(s) and 0 <= s < 2**32, "a whole number from 0 to 2**32 - 1")
     where = device()
     if recipe.precision == "float64" and where.type == "mps":
         where = torch.device("cpu")  # Apple's GPUs have no float64
@@ -355,8 +368,9 @@ def fit(
             epoch = history.epochs + 1
             validates = recipe.validates_after(epoch, steps[epoch - 1])
             # Each epoch draws from a seed of its own, so a resumed run needs no stored generator states.
-            seed_everything(seed * 1_000_003 + epoch)
-            order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            own = (seed * 1_000_003 + epoch) % 2**32
+            seed_everything(own)
+            order = torch.Generator().manual_seed(own)
             size = recipe.size_of_batch(epoch)
             model.train()
             passes = batches(data.train, size, generator=order, augment=recipe.augment, dtype=recipe.dtype)

@@ -160,7 +160,9 @@ def plane(
     length = to_b.norm()
     along = to_b @ to_c / length.clamp_min(torch.finfo(torch.float32).tiny)
     height = (to_c - along / length * to_b).norm() if length > 0 else length
-    if not height > 1e-9 * to_c.norm():
+    largest = max(float(doubled(flat(state)).norm()) for state in (origin, *others))
+    rounding = 10 * torch.finfo(flat(origin).dtype).eps * largest  # what rounded weights leave beside a line
+    if not height > max(1e-9 * float(to_c.norm()), rounding):
         raise ValueError("a, b and c lie on a line: must be three networks that span a plane")
     corners = torch.tensor([[0.0, 0.0], [float(length), 0.0], [float(along), float(height)]], dtype=torch.float64)
     low, high = corners.amin(0), corners.amax(0)

@@ -140,7 +140,7 @@ def sensitivity(
             "to": ends[1],
             "cost from": low,
             "cost to": high,
-            "factor": max(low, high) / min(low, high),
+            "factor": 1.0 if low == high else max(low, high) / min(low, high) if min(low, high) else math.inf,
         }
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("factor", ascending=False)
 

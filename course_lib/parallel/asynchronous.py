@@ -130,10 +130,12 @@ def hogwild(
 
     Raises
     ------
-    ValueError : a setting out of range, or a model that does not lie on the CPU.
+    ValueError : a setting out of range, a model that does not lie on the CPU, or one with buffers.
     """
     _check(epochs, batch_size, lr, momentum)
     at_least(1, workers=workers)
+    if any(True for _ in model.buffers()):
+        raise ValueError("model has buffers (batch norm's?), which the processes do not share: use one without")
     flat = parameters_to_vector(model.parameters()).detach()
     if flat.device.type != "cpu":
         raise ValueError(f"model lies on {flat.device}: processes share the memory of the CPU only")

@@ -214,6 +214,10 @@ class RoutedLayer(nn.Module):
         self.logits: list[Tensor] = []
         self.routes: list[Routes] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # of the last pass nothing is copied or pickled: its tensors belong to a graph
+        return self.__dict__ | {"logits": [], "routes": []}
+
     def ask(self, slots: Tensor) -> Tensor:
         """The experts' answers to their slots: ``[E, C, D]`` to ``[E, C, D]``."""
         raise NotImplementedError

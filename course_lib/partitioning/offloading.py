@@ -458,6 +458,9 @@ class OffloadedOptimizer(Optimizer):
         self.inner.param_groups = self.param_groups
         self.inner.load_state_dict(state_dict)
         self.param_groups = self.inner.param_groups
+        _drop_all(self.store, self._keys)  # what the other state lacks is gone, as in torch's own optimizers
+        self._keys.clear()
+        self._parts.clear()
         self._put_all_away()
 
 

@@ -17,6 +17,7 @@ name                       what it does
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import signal
@@ -376,7 +377,8 @@ def measure_pipeline(
         layers = [nn.Sequential(nn.Linear(width, width), nn.ReLU()).to(world.device) for _ in range(depth)]
         x = torch.randn(batch_size, width, device=world.device)
         y = torch.randint(width, (batch_size,), device=world.device)
-        pipelines = {m: _perceptron(layers, schedule(world.size, m), world, x) for m in micro_batches}
+        # layers of their own: a stage whose weights' halves come later keeps them in its layers
+        pipelines = {m: _perceptron(copy.deepcopy(layers), schedule(world.size, m), world, x) for m in micro_batches}
         seconds: dict[int, list[float]] = {0: [], **{m: [] for m in micro_batches}}
         for _ in range(repeats + 1):
             seconds[0].append(_seconds(lambda: _alone(layers, x, y) if world.rank == 0 else None))
@@ -386,6 +388,7 @@ def measure_pipeline(
 
 
 def _perceptron(layers: Sequence[nn.Module], schedule: Schedule, world: World, x: Tensor) -> Pipeline:
+    require("depth", len(layers), lambda n: n % schedule.stages == 0, f"a multiple of the {schedule.stages} stages")
     size = len(layers) // schedule.stages
     stages = [nn.Sequential(*layers[s * size : (s + 1) * size]) for s in range(schedule.stages)]
     return Pipeline(stages, schedule, world, x[:1])

@@ -365,7 +365,10 @@ def memory_of(job: Transformer, plan: Plan, batch: int, precision: Precision = M
         activations += 4 * job.tokens * plan.micro_batch * job.vocabulary / plan.tensor
     gathered = 0.0
     if plan.zero == 3 and plan.data > 1:
-        gathered = 2 * precision.weight * job.layer_parameters / plan.tensor / plan.expert
+        # experts that no other rank has are whole already; all else of a layer is gathered
+        shared_out = job.expert_parameters / plan.expert if plan.data > plan.expert else 0
+        dense = job.layer_parameters - job.expert_parameters
+        gathered = 2 * precision.weight * (dense + shared_out) / plan.tensor
     return Memory(states, activations, gathered)
 
 

@@ -256,6 +256,7 @@ class AdjustedLogits(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("shift", shift)
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.model(x)

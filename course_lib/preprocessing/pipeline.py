@@ -142,6 +142,7 @@ class AveragedViews(nn.Module):
         super().__init__()
         self.model = model
         self.views = tuple(views)
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs of the model, [N, ...] -> logarithms of probabilities [N, K]."""

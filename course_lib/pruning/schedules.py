@@ -73,7 +73,7 @@ def one_shot(
 
 def _keep_pruned(scores: Scores, masks: Masks) -> Scores:
     """Put the weights that are gone at the end of the ranking, so that they are chosen before all others."""
-    return {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in scores.items()}
+    return {n: s.masked_fill(~masks[n].to(s.device), -torch.inf) if n in masks else s for n, s in scores.items()}
 
 
 # --- Iterative --------------------------------------------------------------------------------------------------------
@@ -333,13 +333,14 @@ def rigl(
             part.gradient, part.keep_gradient = None, step < end and step % every == 0
 
     def move(optimizer: Optimizer, step: int) -> None:
-        moving = drop_fraction(step, end=end, initial=fraction)
-        for name, (weight, part) in parts.items():
-            if part.gradient is not None:
-                _replace_mask(optimizer, model, name, drop_and_grow(weight, part.gradient, part.mask, moving))
+        if step < end and step % every == 0:
+            moving = drop_fraction(step, end=end, initial=fraction)
+            for name, (weight, part) in parts.items():
+                if part.gradient is not None:
+                    _replace_mask(optimizer, model, name, drop_and_grow(weight, part.gradient, part.mask, moving))
         listen(step + 1)  # the backward pass of the step before the next move is of use, no other
 
-    listen(1)
+    listen(every)  # a run that goes on from a checkpoint may begin with a step that moves
     return after_each_step(recipe, move)
 
 

@@ -66,15 +66,17 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight over its estimated norm."""
-        matrix = flat_filters(weight)
-        if self.training:
-            u, v = self.u, self.v
-            with torch.no_grad():
-                for _ in range(self.n_power_iterations):
-                    u, v = power_step(matrix, v, self.eps)
-            # new tensors, not new contents: an earlier pass that is not differentiated yet still needs the old ones
-            self.u, self.v = u, v
-        return weight / torch.dot(self.u, matrix @ self.v)
+        # autocast would leave u and v in bfloat16, which evaluation in float32 cannot multiply
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = flat_filters(weight)
+            if self.training:
+                u, v = self.u, self.v
+                with torch.no_grad():
+                    for _ in range(self.n_power_iterations):
+                        u, v = power_step(matrix, v, self.eps)
+                # new tensors, not new contents: an earlier pass that is not differentiated yet still needs the old ones
+                self.u, self.v = u, v
+            return weight / torch.dot(self.u, matrix @ self.v)
 
 
 def spectral_norm(

@@ -122,13 +122,13 @@ MISTAKES = [
     ("00.6", summed, "summed"),
     ("00.6", loss_after_the_step, "loss that is returned is not right"),
     ("00.6", two_steps, "weights after it"),
-    ("00.7", {"epochs": 20}, "wanted is a Recipe"),
+    ("00.7", {"epochs": 20}, "expected a Recipe"),
     ("00.7", replace(PLAIN, epochs=21), "21 epochs"),
     ("00.7", replace(PLAIN, epochs=1), "mean accuracy of"),
     ("00.7", replace(PLAIN, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e9)), "diverged"),
     ("00.7", replace(PLAIN, augment=lambda x, generator: x[:, :, 1:]), "raised"),
     # What the chapter shows is not yet enough
-    ("00.7", replace(PLAIN, augment=partial(random_shift, pixels=1)), r"wanted is at least 0\.89"),
+    ("00.7", replace(PLAIN, augment=partial(random_shift, pixels=1)), r"at least 0\.89 is wanted"),
 ]
 
 

@@ -236,7 +236,7 @@ MISTAKES = [
     ("03.6", lambda x, z, *rest: (x, 2 * averaged_step(x, z, *rest)[1]), "the new z is not right", "who steps"),
     ("03.6", lambda x, z, *rest: (2 * x, averaged_step(x, z, *rest)[1]), "the new x is not right", "z is right"),
     ("03.6", lambda *case: (*averaged_step(*case), 0), r"2 values .x, z., and returns 3 values", "needs both"),
-    ("03.7", 3, "wanted is a Recipe", "replace"),
+    ("03.7", 3, "expected a Recipe", "replace"),
     ("03.7", replace(BASE, epochs=8, batch_size=50), "changed epochs, batch_size", "Start from"),
     ("03.7", replace(BASE, ema=0.9), "and the schedule you changed ema", "Start from"),
     ("03.7", replace(BASE, optimizer=partial(AdamW, lr=0.003)), "should be SGD", "For instance"),

@@ -213,7 +213,7 @@ MISTAKES = [
     ("04.6", centred_in_place, "changes its argument x in place", "torch.cat|view"),
     ("04.6", lambda *case: 2 * ghost_norm(*case), "the batch is not right", "whole batch it is batch norm"),
     ("04.6", lambda x, size, eps: torch.stack(x[:8].split(4)), "should have shape", "batch norm"),
-    ("04.7", 3, "wanted is a Recipe", "replace"),
+    ("04.7", 3, "expected a Recipe", "replace"),
     ("04.7", replace(BASE, epochs=30, batch_size=200), "you changed epochs, batch_size", "Start from"),
     ("04.7", replace(BASE, accumulate=30), "and the schedule you changed accumulate", "Start from"),
     ("04.7", replace(BASE, optimizer=partial(AdamW, lr=0.003)), "should be SGD", "For instance"),

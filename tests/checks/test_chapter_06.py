@@ -406,6 +406,7 @@ MISTAKES = [
     ("06.7", designed(stopping.Patience(3), validate_every=1 / 4, batch_size=60), "changed batch_size, validate", "."),
     ("06.7", designed(stopping.Patience(3), optimizer=partial(torch.optim.SGD, lr=0.01)), "changed optimizer", "Start"),
     ("06.7", designed(stopping.Patience(3), optimizer=torch.optim.Adam), "changed optimizer", "Start from"),
+    ("06.7", designed(lambda history: "no"), "your stop should say True or False", "For instance"),
 ]  # fmt: skip
 
 
@@ -427,6 +428,21 @@ def test_other_mistakes_get_a_hint_of_their_own(exercise, answer, message, hint)
 def test_a_design_is_told_whether_it_costs_too_much_or_reaches_too_little(monkeypatch, invented, answer, message, hint):
     monkeypatch.setattr(chapter_06, "LEAST", 0.648)
     checking.assert_hinted("06.7", answer, message, hint)
+
+
+def test_a_stop_is_not_told_the_rate_and_may_say_nothing():
+    seen = []
+
+    def stop(history):
+        seen.extend([*history["lr"], *history.rates])
+        if len(history) >= 3:
+            return True
+
+    recorded = chapter_06._recorded()
+    assert [chapter_06._asked(stop, history) for history in recorded[:4]] == [False, False, True, True]
+    assert seen
+    assert np.isnan(seen).all()
+    assert recorded[0]["lr"] == [0.01], "the run itself keeps its rate"
 
 
 def test_the_right_name_for_another_reason():

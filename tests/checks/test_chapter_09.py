@@ -247,7 +247,7 @@ MISTAKES = [
      "teacher.training"),
     ("09.5", spoilt_after(lambda student, teacher: setattr(teacher[0].weight, "grad", teacher[0].weight.clone())),
      "gradients are not what they were", "weight.grad"),
-    ("09.5", spoilt_after(lambda student, teacher: teacher[0].requires_grad_(False)), "want a gradient that did not",
+    ("09.5", spoilt_after(lambda student, teacher: teacher[0].requires_grad_(False)), "require a gradient and did not",
      "requires_grad_ stays"),
     ("09.5", spoilt_after(lambda student, teacher: student.eval()), "the student comes back in another mode",
      "being trained"),

@@ -488,10 +488,10 @@ def test_a_rank_may_be_a_number(rank):
         ((2, "b"), "the rank is right, the reason is not: that holds for rank 0", "Try each reason"),
         ((2, "e"), "there is no reason 'e'", "a, b, c, d"),
         ((4, "a"), "there is no rank '4'", "There are 0, 1, 2, 3"),
-        ((2.5, "a"), "wanted are the rank and the letter", 'For instance: 0, "a"'),
-        ((2,), "wanted are the rank and the letter", 'For instance: 0, "a"'),
-        ((), "wanted are the rank and the letter", 'For instance: 0, "a"'),
-        ((torch.ones(2), "a"), "wanted are the rank and the letter", 'For instance: 0, "a"'),
+        ((2.5, "a"), "the rank and the letter of a reason are wanted", 'For instance: 0, "a"'),
+        ((2,), "the rank and the letter of a reason are wanted", 'For instance: 0, "a"'),
+        ((), "the rank and the letter of a reason are wanted", 'For instance: 0, "a"'),
+        ((torch.ones(2), "a"), "the rank and the letter of a reason are wanted", 'For instance: 0, "a"'),
     ],
 )
 def test_a_wrong_reading_is_told_what_halving_brings(answer, message, hint):
@@ -572,7 +572,7 @@ def told(answer):
     """The mean ratio, and what is said of each case."""
     found = check("10.7", answer)
     assert found.state == "not yet right"
-    pattern = r"your step takes (.*) times as long as ours on average, wanted is at most 1\.05; by \(ranks, m, held\), "
+    pattern = r"your step takes (.*) times as long as ours on average, the limit is 1\.05; by \(ranks, m, held\), "
     said = re.match(pattern, found.message)
     assert said, found
     return float(said[1]), found.message[said.end() :].split("; "), found.hint

@@ -189,7 +189,7 @@ MISTAKES = [
     ("12.1", summed_in_place, "changes its argument states in place", "start with"),
     ("12.1", overwritten, "only the last state is there", "Print which states"),
     ("12.1", paired_by_place, "paired by their place", "belongs to its name"),
-    ("12.1", lambda states, shares: torch.stack([s["weight"] for s in states]).mean(0), "wanted is a dict",
+    ("12.1", lambda states, shares: torch.stack([s["weight"] for s in states]).mean(0), "expected a dict",
      "One tensor for each name"),
     ("12.1", lambda states, shares: {"weight": mean_of(states, shares)["weight"]}, "not the names", "take them"),
     ("12.1", lambda *case: {**mean_of(*case), "bias": torch.zeros(2)}, "mean of 'bias' should have shape", "Print"),
@@ -279,7 +279,7 @@ def test_an_aligned_merge_passes(answer):
 )
 def test_neither_network_nor_their_plain_mean_is_enough(answer, low, high):
     found = check("12.7", answer)
-    told = r"a mean accuracy of (0\.\d{3}) over 3 hidden seeds; wanted is at least 0\.69"
+    told = r"a mean accuracy of (0\.\d{3}) over 3 hidden seeds; at least 0\.69 is wanted"
     assert (reached := re.fullmatch(told, found.message)), found
     assert low < float(reached[1]) < high, found
     assert "unit" in found.hint
@@ -346,8 +346,8 @@ class Disguised(nn.Module):
         (3, "a function is wanted", ""),
         (lambda a, b: a, "your function raised TypeError", ""),
         (lambda a, b, train: merging.average([a, b, mlp((1, 8, 8), 3)]), "your function raised ValueError", ""),
-        (lambda a, b, train: (a, b), "wanted is a network", "For instance"),
-        (lambda a, b, train: merging.state_of(a), "wanted is a network", "For instance"),
+        (lambda a, b, train: (a, b), "expected a network", "For instance"),
+        (lambda a, b, train: merging.state_of(a), "expected a network", "For instance"),
         (ensemble, "not the layers of the two", "an ensemble"),
         (lambda a, b, train: merging.join([a, b]), "not the layers of the two", "an ensemble"),
         (lambda a, b, train: mlp((1, 16, 16), 10, width=256), "not the layers of the two", "an ensemble"),

@@ -369,7 +369,7 @@ def test_features_of_like_drawings_are_enough_if_they_stay(alone):
 )
 def test_another_choice_is_not(alone, answer, low, high, hint):
     found = check("13.7", answer)
-    told = r"a mean accuracy of (0\.\d{3}) over 1 hidden seeds; wanted is at least 0\.485"
+    told = r"a mean accuracy of (0\.\d{3}) over 1 hidden seeds; at least 0\.485 is wanted"
     assert (reached := re.fullmatch(told, found.message)), found
     assert low < float(reached[1]) < high, found
     assert hint in found.hint

@@ -376,14 +376,14 @@ MISTAKES = [
     ("14.1", lambda logits: logits.softmax(2).mean(0).log(), r"is rounded to 0.*\(on logits of ±1000\)", "exp"),
     ("14.1", with_a_floor, r"the digits are lost.*\(on logits of ±1000\)", "exp"),
     ("14.1", exponents_by_hand, r"infinity over infinity is NaN \(on logits of ±1000\)", "exp"),
-    ("14.1", lambda logits: logits.mean(0), "mean logits", "0.9 and 0.1"),
-    ("14.1", lambda logits: logits.mean(0).log_softmax(1), "the geometric mean, which a member", "0.9 and 0.1"),
+    ("14.1", lambda logits: logits.mean(0), "mean logits", "0.9 and 0.3"),
+    ("14.1", lambda logits: logits.mean(0).log_softmax(1), "the geometric mean, which a member", "0.9 and 0.3"),
     ("14.1", lambda logits: logits.logsumexp(0) - math.log(len(logits)), "as if they were log-prob", "Add 5"),
     ("14.1", lambda logits: logits.log_softmax(2).logsumexp(0), "not divided by M", "add up each row"),
-    ("14.1", lambda logits: pooled(logits) + 1, "the log of the mean probabilities is not right", "0.9 and 0.1"),
-    ("14.1", lambda logits: pooled(logits).log_softmax(0), "is not right", "0.9 and 0.1"),
-    ("14.1", lambda logits: logits.log_softmax(2), r"should have shape \[4, 4\]", "0.9 and 0.1"),
-    ("14.1", lambda logits: pooled(logits) * math.nan, "is not finite", "0.9 and 0.1"),
+    ("14.1", lambda logits: pooled(logits) + 1, "the log of the mean probabilities is not right", "0.9 and 0.3"),
+    ("14.1", lambda logits: pooled(logits).log_softmax(0), "is not right", "0.9 and 0.3"),
+    ("14.1", lambda logits: logits.log_softmax(2), r"should have shape \[4, 4\]", "0.9 and 0.3"),
+    ("14.1", lambda logits: pooled(logits) * math.nan, "is not finite", "0.9 and 0.3"),
     ("14.2", moved_in_place, "changes its argument answers in place", "makes new ones"),
     ("14.2", squares_less_squares, r"digits of the ambiguity are lost.*\(on answers far from 0\)", "10¹⁴"),
     ("14.2", lambda a, t: (*by_the_identity(a, t)[:2], a.var(0).mean()), "divided by M - 1", "first - "),
@@ -586,7 +586,7 @@ def test_a_few_members_that_differ_are_enough(alone):
 )
 def test_another_choice_is_not(alone, answer, low, high, hint):
     found = check("14.7", answer)
-    told = r"a mean negative log-likelihood of (\d\.\d{3}) over 1 hidden seeds; wanted is at most 0\.33"
+    told = r"a mean negative log-likelihood of (\d\.\d{3}) over 1 hidden seeds; the limit is 0\.33"
     assert (reached := re.fullmatch(told, found.message)), found
     assert low < float(reached[1]) < high, found
     assert hint in found.hint
@@ -686,7 +686,7 @@ def test_what_is_no_choice_is_told_what_is_wanted(answer):
         (chosen(members=3.5), "members is 3.5", "a whole number from 1 to 16"),
         (chosen(4, 86), r"an answer takes 121,088 multiply-adds; there are 120,000", r"256 \* width"),
         (chosen(1, 300), r"an answer takes 169,800 multiply-adds", r"256 \* width"),
-        (chosen(1, 238), r"likelihood of 0\.400 over 2 hidden seeds; wanted is at most 0\.33", "members are apart"),
+        (chosen(1, 238), r"likelihood of 0\.400 over 2 hidden seeds; the limit is 0\.33", "members are apart"),
         (chosen(differ="nothing"), r"likelihood of 0\.400", "members are apart"),
         (chosen(differ="bootstrap"), r"likelihood of 0\.400", "bootstrap sample hold"),
         (chosen(16, 25), r"likelihood of 0\.400", "reach alone"),

@@ -623,7 +623,7 @@ def told(answer):
     """What is said of the policy, its mean, what is said of each load, and the hint."""
     found = check("15.7", answer)
     assert found.state == "not yet right"
-    pattern = r"(.*)by your policy the machine works (.*) times as long as it must on average, wanted is at most 1\.1; "
+    pattern = r"(.*)by your policy the machine works (.*) times as long as it must on average, the limit is 1\.1; "
     said = re.match(pattern + r"by \(rate, fixed, each, limit\), ", found.message)
     assert said, found
     return said[1], float(said[2]), found.message[said.end() :].split("; "), found.hint

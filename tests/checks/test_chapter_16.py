@@ -171,7 +171,7 @@ def test_the_table_is_read_right(answer):
         ({"most": {"quick network", "one cycle"}}, "should be one rung", "For instance"),
         ({"most": "Adam"}, "there is no rung 'Adam'", "There are whole batches; SGD"),
         ({"hurts": 3}, "'hurts' should be names of rungs", "For instance"),
-        ({"other": 3}, "wanted is a dict with 'most', 'cannot tell', 'hurts'", "For instance"),
+        ({"other": 3}, "expected a dict with 'most', 'cannot tell', 'hurts'", "For instance"),
     ],
 )
 def test_a_wrong_reading_is_told_what_is_wrong(change, message, hint):
@@ -209,8 +209,8 @@ def test_a_recipe_and_an_entry_take_part_and_validation_times_nobody(small, answ
 @pytest.mark.parametrize(
     ("answer", "message", "hint"),
     [
-        (3, "wanted is a Recipe or an Entry", "For instance"),
-        (Entry(quick_net, 3), "wanted is a Recipe or an Entry", "For instance"),
+        (3, "expected a Recipe or an Entry", "For instance"),
+        (Entry(quick_net, 3), "expected a Recipe or an Entry", "For instance"),
         (replace(SHORT, epochs=17), "17 epochs, and 16 are the most", "Chapters 2, 3 and 4"),
         (replace(SHORT, stop=len), "fills the slot stop", "stop=None"),
         (replace(SHORT, keep="val_loss"), "fills the slot keep", "keep=None"),

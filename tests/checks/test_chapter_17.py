@@ -223,7 +223,7 @@ def test_the_table_is_read_right(answer):
         ({"trust": {"power law", "power law with floor"}}, "'trust' should be one law", "For instance"),
         ({"trust": "cubic"}, "there is no law 'cubic'", "There are power law; "),
         ({"cannot tell": 3}, "'cannot tell' should be names of laws", "For instance"),
-        ({"other": 3}, "wanted is a dict with 'trust', 'best fit, fails', 'cannot tell'", "For instance"),
+        ({"other": 3}, "expected a dict with 'trust', 'best fit, fails', 'cannot tell'", "For instance"),
     ],
 )
 def test_a_wrong_reading_is_told_what_is_wrong(change, message, hint):
@@ -266,8 +266,8 @@ def test_reasons_are_given_for_wrong_choices_alone():
     [
         ({**SITUATIONS, "phone": "hope"}, "there is no technique 'hope'", "There are accumulate gradients; "),
         ({**SITUATIONS, "phone": 3}, "'phone' should have the name of one technique", "There are accumulate"),
-        ({"phone": "ensemble"}, "wanted is a dict with 'few labels', 'phone', ", "For instance"),
-        ("ensemble", "wanted is a dict", "For instance"),
+        ({"phone": "ensemble"}, "expected a dict with 'few labels', 'phone', ", "For instance"),
+        ("ensemble", "expected a dict", "For instance"),
     ],
 )
 def test_what_is_no_choice_is_told(answer, message, hint):
@@ -366,7 +366,7 @@ COUNTER = [(5e5 * 2**k, 3.2e8 / 2**k) for k in range(6)]
         ({"held out": [(1.6e7, 1.6e8)]}, "operations, and a tenth of the large run's are 1.2e.17", "four times"),
         ({"seeds": 6}, "operations, and a tenth of the large run's", "four times"),
         ({"rates": 6}, "operations, and a tenth of the large run's", "four times"),
-        ({"other": 3}, "wanted is a dict with 'fitted', 'held out', 'seeds', 'rates', 'schedule'", "For instance"),
+        ({"other": 3}, "expected a dict with 'fitted', 'held out', 'seeds', 'rates', 'schedule'", "For instance"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_told(change, message, hint):
@@ -395,7 +395,7 @@ def test_a_plan_that_is_not_made_is_not_attempted(answer):
 @pytest.mark.parametrize("exercise", ["17.4", "17.5", "17.6"])
 @pytest.mark.parametrize("answer", [3, "a", [1, 2], {}, {"a": 1}, len])
 def test_an_answer_of_another_kind_is_told_what_is_wanted(exercise, answer):
-    checking.assert_hinted(exercise, answer, "wanted is a dict", "For instance")
+    checking.assert_hinted(exercise, answer, "expected a dict", "For instance")
 
 
 # The notebook's own

@@ -107,6 +107,14 @@ def test_what_is_no_answer_yet():
     assert told(DOUBLE, lambda x: x[9])[0].startswith("your function raised IndexError: index 9 is out of bounds")
 
 
+def test_a_return_that_one_branch_lacks_is_a_mistake_and_no_empty_cell():
+    method = Method("Twice", lambda x: 2 * x, {"a small one": (1.0,), "a large one": (9.0,)})
+    message, hints = told(method, lambda x: 2 * x if x < 5 else None)
+    assert (message, *hints) == (
+        "your function returns nothing for some inputs (on a large one)", "Does every way through it end in a return?"
+    )  # fmt: skip
+
+
 def test_a_method_may_ask_in_its_own_way_and_judge_by_its_own_rule():
     def explain(found, right, steps):
         raise Wrong(f"{found} is too low")
@@ -148,7 +156,7 @@ def test_a_reading():
     assert told(READING, ("Eve", "b")) == ("there is no name 'Eve'", ("There are Ada, Ben.",))
     assert told(READING, ("Ada", "c")) == ("there is no reason 'c'", ("The reasons are a, b.",))
     for answer in ("Ada", ("Ada",), 3, ("Ada", 3), (3, "b")):
-        assert told(READING, answer)[0] == "wanted are the name and the letter of a reason"
+        assert told(READING, answer)[0] == "the name and the letter of a reason are wanted"
 
 
 def test_a_reading_of_a_number():
@@ -161,7 +169,7 @@ def test_a_reading_of_a_number():
     assert told(reading, (0.5, "b")) == ("the share is not right: 0.5 is more than 0.05 off", ("Half.",))
     assert told(reading, (0.35, "a"))[0] == "the share is right, the reason is not: no"
     for number in ("many", None, [1, 2]):
-        assert told(reading, (number, "b"))[0] == "wanted are the share and the letter of a reason"
+        assert told(reading, (number, "b"))[0] == "the share and the letter of a reason are wanted"
 
 
 def test_a_design_is_judged_by_its_mean_over_the_hidden_seeds():
@@ -172,7 +180,7 @@ def test_a_design_is_judged_by_its_mean_over_the_hidden_seeds():
     design = Design("Reach it", admit, lambda answer, seed: answer(seed), seeds=(1, 2, 3), least=2.0, hint="More.")
     design(lambda seed: seed)
     assert told(design, lambda seed: seed - 0.5) == (
-        "a mean accuracy of 1.500 over 3 hidden seeds; wanted is at least 2.0", ("More.",)
+        "a mean accuracy of 1.500 over 3 hidden seeds; at least 2.0 is wanted", ("More.",)
     )  # fmt: skip
     assert told(design, lambda seed: float("nan"))[0].startswith("a mean accuracy of nan")
     assert told(design, 3)[0] == "wanted is a function"
@@ -196,7 +204,7 @@ def test_an_open_project_wants_a_mark_for_each_point():
     assert told(project, {"runs": "fine", "report": "there"})[0] == "there is no mark 'fine' (for runs)"
     for answer in ("my notes", {"runs": "there"}, {"runs": "there", "report": "there", "more": "there"}):
         message, (hint,) = told(project, answer)
-        assert message == "wanted is a mark for each point of the rubric: runs, report"
+        assert message == "a mark is wanted for each point of the rubric: runs, report"
         assert hint == 'The marks are "missing", "there", "done well".'
 
 
