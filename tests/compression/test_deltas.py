@@ -227,3 +227,17 @@ def test_bad_input_is_named(pair: tuple[nn.Module, nn.Module], digits: Dataset) 
         with pytest.raises(ValueError, match="(?s).*") as caught:
             call()
         assert words in str(caught.value), str(caught.value)
+
+
+def test_tied_weights_get_their_difference_once() -> None:
+    def tied(shift: float) -> nn.ModuleDict:
+        parts = nn.ModuleDict({"into": nn.Embedding(5, 3), "out": nn.Linear(3, 5, bias=False)})
+        parts["out"].weight = parts["into"].weight
+        with torch.no_grad():
+            parts["into"].weight.copy_(normal(5, 3) + shift)
+        return parts
+
+    base, tuned = tied(0.0), tied(0.5)
+    restored = restore(base, compress_delta(base, tuned, exact))
+    torch.testing.assert_close(restored["out"].weight, tuned["out"].weight)
+    assert restored["out"].weight is restored["into"].weight

@@ -244,3 +244,9 @@ def test_errors_at_the_door() -> None:
     with pytest.raises(ValueError, match="capacity=0"):
         KVCache((1, 1, 2), 0)
     assert attention.visible(2, 2).all()
+
+
+def test_a_cache_refuses_values_of_another_shape() -> None:
+    for v in (torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 3)):
+        with pytest.raises(ValueError, match=r"v=.*: must be of the shape \(1, 1, 1, 2\)"):
+            KVCache((1, 1, 2), 3).append(torch.ones(1, 1, 1, 2), v)

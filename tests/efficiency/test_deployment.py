@@ -129,6 +129,13 @@ def test_parity_by_hand() -> None:
     assert math.isnan(table["difference"].tolist()[3])
     assert table["failed"].tolist() == ["", "", "", "too many: 3"]
 
+    def silent(x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    ways = {"first": Engine(lambda x: x, 1), "one row": Engine(lambda x: x[:1], 1), "silent": Engine(silent, 1)}
+    assert d.parity(ways, x, sizes=[3])["failed"].tolist() == ["gives [1, 2], the first engine [3, 2]",
+                                                               "NotImplementedError"]  # fmt: skip
+
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_engines_agree_on_batches_never_seen(model: nn.Module, path: Path, onnx_path: Path, scale: float) -> None:

@@ -297,3 +297,25 @@ def test_errors_at_the_door() -> None:
         DynamicLossScaler(backoff_factor=1.0)
     with pytest.raises(ValueError, match=r"growth_interval=0: must be a whole number of at least 1"):
         DynamicLossScaler(growth_interval=0)
+
+
+def test_master_weights_are_part_of_the_optimizers_state() -> None:
+    """What a checkpoint holds: a run that is taken up goes on from them, not from the rounded weights."""
+
+    def step(w: nn.Parameter, optimizer: torch.optim.Optimizer, times: int) -> None:
+        for _ in range(times):
+            w.grad = torch.full_like(w, 0.001)
+            optimizer.step()
+
+    whole, cut, resumed = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    make = partial(hold_in, dtype=torch.bfloat16, store=store_master)
+    step(whole, make(torch.optim.SGD([whole], lr=1.0)), 8)
+    first = make(torch.optim.SGD([cut], lr=1.0))
+    step(cut, first, 3)
+    with torch.no_grad():
+        resumed.copy_(cut)
+    second = make(torch.optim.SGD([resumed], lr=1.0))
+    second.load_state_dict(first.state_dict())
+    step(resumed, second, 5)
+    assert torch.equal(resumed, whole)
+    assert not torch.equal(whole, torch.ones(3)), "eight steps of 0.001 are more than half a step of bfloat16's grid"

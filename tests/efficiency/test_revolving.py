@@ -168,3 +168,20 @@ def test_on_cuda() -> None:
         return revolved(model, 2)(x)
 
     assert_same(results(run, model, x), results(plainly, model, x))
+
+
+def test_a_first_layer_that_wants_no_gradient_is_passed_by() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x = torch.randn(3, 2, 4).double()
+    for frozen in (False, True):
+        model[1].requires_grad_(not frozen)
+        assert_same(results(lambda m, x: revolved(m, 2)(x), model, x), results(plainly, model, x))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    y = revolved(model, 2)(torch.randn(3, 4))
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        y.sum().backward()

@@ -85,3 +85,19 @@ def test_savings_is_a_table_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.import_module("course_lib.lab.costs"), "compare_speed", fake)
     assert savings(model, small, x).loc["seconds"].tolist() == [0.3, 0.1, 2.9]
+
+
+@pytest.mark.parametrize("kdim", [None, 24])
+def test_attention_of_torchs_own_layer_counts(kdim: int | None) -> None:
+    layer = torch.nn.MultiheadAttention(32, 4, kdim=kdim, vdim=kdim, batch_first=True).train()
+    query, key = torch.randn(2, 5, 32), torch.randn(2, 7, kdim or 32)
+    with FlopCounterMode(display=False) as counter:
+        layer(query, key, key)
+    assert flops(layer, (query, key, key)) == counter.get_total_flops() > 0
+
+
+def test_counting_leaves_a_network_in_training_as_it_is() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert flops(model, torch.randn(4, 1, 6, 6)) > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

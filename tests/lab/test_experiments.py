@@ -291,3 +291,22 @@ def test_a_target_that_was_not_reached_leaves_the_interval_open():
 def test_an_unknown_cost_is_named():
     with pytest.raises(ValueError, match="cost='steps': must be 'examples', 'seconds' or 'epoch'"):
         Reach(0.9, cost="steps")
+
+
+def test_a_metric_that_nobody_measured_is_named_after_one_run():
+    with pytest.raises(KeyError, match=r"test_acc.*a history has the columns .*val_accuracy"):
+        compare(network, blobs(), {"plain": replace(RECIPE, epochs=1)}, seeds=[0], metric="test_acc", workers=1)
+
+
+def test_curves_leave_out_an_arm_with_a_run_that_diverged_and_refuse_several_lengths():
+    history = History([{"epoch": 1.0, "val_accuracy": 0.5}, {"epoch": 2.0, "val_accuracy": 0.6}], epochs=2)
+    short = History([{"epoch": 1.0, "val_accuracy": 0.5}], epochs=1)
+    values = {arm: np.array([0.5, 0.6]) for arm in ("whole", "broken")}
+    found = Comparison("val accuracy", (0, 1), values, {"whole": [history] * 2, "broken": [history, History()]})
+    axes = found.curves()
+    assert [text.get_text() for text in axes.texts] or len(axes.lines) == 1
+    with pytest.raises(ValueError, match="not every run of 'broken' has a history"):
+        found.by("val_accuracy")
+    uneven = Comparison("val accuracy", (0, 1), values, {"whole": [history, short]})
+    with pytest.raises(ValueError, match=r"column='val_accuracy': must be of runs of one length; 'whole' has \[1, 2\]"):
+        uneven.curves()

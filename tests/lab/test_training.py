@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -435,3 +436,52 @@ def test_learns_on_cuda(monkeypatch, precision):
     history = fit(model, blobs(), replace(RECIPE, epochs=5, precision=precision), seed=0)
     assert next(model.parameters()).is_cuda
     assert history["val_accuracy"][-1] > 0.8
+
+
+def test_each_part_keeps_its_own_mode():
+    model = network(dropout=0.5)
+    model.train()
+    held = next(part for part in model.modules() if isinstance(part, nn.Dropout))
+    held.eval()
+    evaluate(model, blobs().val)
+    logits_of(model, blobs().val)
+    assert model.training
+    assert not held.training
+    model.eval()
+    held.train()
+    evaluate(model, blobs().val)
+    assert held.training
+    assert not model.training
+
+
+def test_seeds_are_of_32_bits_and_all_of_them_serve():
+    found = [weights_after(seed) for seed in (5_000, 5_000, 2**32 - 1)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    for seed in (-1, 2**32, 1.5):
+        with pytest.raises(ValueError, match=f"seed={seed}: must be a whole number from 0 to 2"):
+            fit(network(), blobs(), RECIPE, seed=seed)
+
+
+def weights_after(seed: int) -> torch.Tensor:
+    model = network()
+    fit(model, blobs(), replace(RECIPE, epochs=1), seed=seed)
+    return weights(model)
+
+
+def test_numpys_integers_are_integers():
+    recipe = replace(RECIPE, epochs=np.int64(1), batch_size=np.int64(16))
+    assert (type(recipe.epochs), type(recipe.batch_size)) == (int, int)
+    growing = replace(recipe, batch_size=lambda epoch: np.int64(16))
+    assert len(fit(network(), blobs(), recipe, seed=0)) == len(fit(network(), blobs(), growing, seed=0)) == 1
+
+
+def test_an_empty_split_is_named():
+    data = blobs()
+    nobody = data.train.subset(torch.arange(0))
+    for call in (evaluate, logits_of):
+        with pytest.raises(ValueError, match="split=.*: must be of at least one example"):
+            call(network(), nobody)
+    for name in ("train", "val"):
+        with pytest.raises(ValueError, match=f"data.{name}=.*: must be of at least one example"):
+            fit(network(), replace(data, **{name: nobody}), RECIPE, seed=0)

@@ -133,6 +133,8 @@ def test_bad_input_is_named() -> None:
     a, b, c, held = *(network("mlp", seed) for seed in range(3)), split(5)
     norms = [network("convnet", seed) for seed in range(3)]
     line = merging.interpolate(a, b, 0.5)
+    rounded = [copy.deepcopy(network).float() for network in (a, b)]
+    rounded.append(merging.interpolate(*rounded, 0.3))
     cases: list[tuple[str, Any]] = [
         ("b differs from a", lambda: merging.loss_along(a, norms[0], held)),
         ("points=1: must be a whole number of at least 2", lambda: merging.loss_along(a, b, held, 1)),
@@ -140,6 +142,7 @@ def test_bad_input_is_named() -> None:
         ("points=(0, 0.5, 0.5, 1): must be rising", lambda: merging.loss_along(a, b, held, [0, 0.5, 0.5, 1])),
         ("a, b and c lie on a line", lambda: merging.plane(a, b, line, held)),
         ("a, b and c lie on a line", lambda: merging.plane(a, a, b, held)),
+        ("a, b and c lie on a line", lambda: merging.plane(*rounded, held)),
         ("points=1: must be a whole number of at least 2", lambda: merging.plane(a, b, c, held, 1)),
         ("margin=-1: must be a number of at least 0", lambda: merging.plane(a, b, c, held, margin=-1)),
         ("prepare=None: must be given for networks with batch norm", lambda: merging.plane(*norms, held)),

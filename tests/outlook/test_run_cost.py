@@ -80,6 +80,9 @@ def test_sensitivity_is_the_ratio_of_the_ends_and_sorted():
     assert table.loc["price", "factor"] == pytest.approx(1)
     assert (table["factor"].diff().dropna() <= 0).all()
     assert sensitivity(1e22, of="money").loc["intensity", "factor"] == pytest.approx(1)
+    free = sensitivity(1e22, replace(ROUND, price=0.0), of="money")
+    assert free.loc["trials", "factor"] == 1
+    assert free.loc["price", "factor"] > 1
 
 
 def test_every_published_run_says_where_it_stands():

@@ -453,6 +453,11 @@ def test_bad_settings_of_hogwild_are_named(digits: Dataset, bad: dict[str, Any])
         asynchronous.hogwild(small()[0], digits, **{"seed": 0} | bad)
 
 
+def test_hogwild_refuses_what_the_processes_do_not_share(digits: Dataset) -> None:
+    with pytest.raises(ValueError, match="model has buffers"):
+        asynchronous.hogwild(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10)), digits, seed=0)
+
+
 # --- Scaling ----------------------------------------------------------------------------------------------------------
 
 LINK = {"bandwidth": 1e9, "latency": 1e-4}

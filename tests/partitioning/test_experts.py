@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -309,3 +310,12 @@ def test_a_gpu_trains_as_a_processor() -> None:
 def test_bad_arguments_are_named(call: Any, words: str) -> None:
     with process_group(), pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_network_of_experts_can_be_copied_after_a_pass() -> None:
+    layer = ex.MixtureOfExperts(nn.Linear(4, 3), [nn.Linear(4, 4) for _ in range(3)], top_k=1)
+    layer(torch.randn(5, 4)).sum().backward()
+    assert layer.routes
+    other = copy.deepcopy(layer)
+    assert other.routes == other.logits == []
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))

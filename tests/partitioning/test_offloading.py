@@ -390,6 +390,16 @@ def test_an_offloaded_optimizer_gives_the_same_bits(name: str, store: Store) -> 
         take_steps(optimizer, params, range(6, 9))
     for params in (ours, third, fourth):
         assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
+    # and one from before the first step begins anew
+    anew, other = ([nn.Parameter(p.detach().clone()) for p in ours] for _ in range(2))
+    resumed.load_state_dict(OffloadedOptimizer(grouped(anew), kind, store, **settings).state_dict())
+    with torch.no_grad():
+        for p, now in zip(third, other, strict=True):
+            p.copy_(now)
+    fresh = kind(grouped(other), **settings)
+    for optimizer, params in ((resumed, third), (fresh, other)):
+        take_steps(optimizer, params, range(9, 11))
+    assert all(torch.equal(a, b) for a, b in zip(third, other, strict=True))
     del resumed, offloaded
     assert store.far == 0
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from course_lib.lab.training import cross_entropy
 from course_lib.parallel.data_parallel_runs import Run, relative_difference, train_alone
-from course_lib.parallel.launching import RankFailed, World, launch
+from course_lib.parallel.launching import RankFailed, World, launch, process_group
 from course_lib.partitioning import pipelined_runs
 from course_lib.partitioning.late_weights import late_weights
 from course_lib.partitioning.pipeline import Pipeline
@@ -26,7 +26,7 @@ from course_lib.partitioning.pipelined_runs import (
     train_torch_pipelined,
 )
 from course_lib.partitioning.saved import Saved
-from course_lib.partitioning.schedules import SCHEDULES, Costs, gpipe, one_f_one_b, timeline, zero_bubble
+from course_lib.partitioning.schedules import SCHEDULES, Costs, gpipe, interleaved, one_f_one_b, timeline, zero_bubble
 from tests.partitioning import pipelined_by_ranks as ranks
 
 PATIENCE = 300.0  # seconds: a launch takes a few, but the machine may be busy
@@ -238,3 +238,34 @@ def test_a_schedule_for_others_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size=61: must be a multiple of micro_batches"):
         train_torch_pipelined(batch_size=61)
     assert pipelined_runs.KINDS == ("F", "I", "W")
+
+
+def test_pipelines_of_the_same_layers_do_not_take_one_anothers_halves() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 3)]
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    cross_entropy(nn.Sequential(*layers), x, y).backward()
+    expected = [p.grad.clone() for layer in layers for p in layer.parameters() if p.grad is not None]
+    make = [zero_bubble(1, 2), zero_bubble(1, 4), gpipe(1, 2)]
+    with process_group() as world:
+        stage = nn.Sequential(*layers)
+        pipelines = [Pipeline([stage], schedule, world, x[:1]) for schedule in make]
+        for pipeline in (*pipelines, pipelines[0]):
+            stage.zero_grad()
+            pipeline.step(x, y)
+            for p, wanted in zip(stage.parameters(), expected, strict=True):
+                assert p.grad is not None
+                torch.testing.assert_close(p.grad, wanted)
+
+
+def test_token_numbers_go_in() -> None:
+    stage = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randint(9, (6, 3)), torch.randint(3, (6,))
+    with process_group() as world:
+        loss = Pipeline([stage], gpipe(1, 2), world, x[:1]).step(x, y)
+    torch.testing.assert_close(loss, cross_entropy(stage, x, y))
+
+
+def test_layers_that_the_stages_cannot_share_evenly_are_refused() -> None:
+    with process_group() as world, pytest.raises(ValueError, match="depth=3: must be a multiple of the 2 stages"):
+        pipelined_runs._perceptron([nn.Linear(2, 2)] * 3, interleaved(1, 2, 2), world, torch.zeros(1, 2))

@@ -177,6 +177,14 @@ def test_memory_by_hand() -> None:
     assert alone.activations == pytest.approx(6 * one * (34 + 40) + 4 * 128 * 1000)  # and the logits
 
 
+def test_what_is_gathered_is_what_others_hold() -> None:
+    dense = MIXTURE.layer_parameters - MIXTURE.expert_parameters
+    apart = memory_of(MIXTURE, Plan(data=4, expert=4, zero=3), 4).gathered  # each expert stands whole on its rank
+    assert apart == pytest.approx(2 * 2 * dense)
+    half = memory_of(MIXTURE, Plan(data=4, expert=2, zero=3), 4).gathered
+    assert half == pytest.approx(2 * 2 * (dense + MIXTURE.expert_parameters / 2))
+
+
 def test_experts_are_shared_out_and_the_rest_is_not() -> None:
     apart, together = (memory_of(MIXTURE, Plan(data=4, expert=e), 4) for e in (4, 1))
     assert together.states - apart.states == pytest.approx(18 * 6 * MIXTURE.expert_parameters * 3 / 4)

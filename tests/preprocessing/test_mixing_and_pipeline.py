@@ -354,7 +354,9 @@ def test_test_time_averages_probabilities(digits: Dataset) -> None:
         expected = sum(model(view(x)).softmax(1) for view in views) / 3
         torch.testing.assert_close(averaged(x).softmax(1), expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(averaged(x).exp(), expected, rtol=0, atol=1e-12)
-    found = evaluate(averaged, digits.test)
+    model.eval()
+    found = evaluate(pre.test_time(model, views), digits.test)
+    assert not model.training, "asking leaves the network as it was"
     probabilities = torch.cat([averaged(x).exp() for x, _ in batches(digits.test, 64, dtype=torch.float64)]).detach()
     labels = digits.test.labels
     assert found.accuracy == pytest.approx(float((probabilities.argmax(1) == labels).double().mean()))

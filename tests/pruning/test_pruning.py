@@ -881,6 +881,34 @@ def test_gradual_pruning_goes_on_from_a_checkpoint(digits: Dataset, tmp_path: An
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
+def test_rigl_goes_on_from_a_checkpoint(digits: Dataset, tmp_path: Any) -> None:
+    """Killed where the first step of what is left is one that moves weights: their gradients must be seen."""
+    steps = RECIPE.steps(len(digits.train))[0]
+    every = next(n for n in range(2, 9) if (steps + 1) % n == 0)
+
+    def run(stop: Any, checkpoint: Any) -> nn.Module:
+        model = small()
+        recipe = replace(RECIPE, epochs=3, stop=stop)
+        moving = rigl(model, recipe, sparsity=0.8, every=every, end=3 * steps, generator=generator())
+        fit(model, digits, moving, seed=0, checkpoint=checkpoint)
+        return model
+
+    class Killed(Exception):
+        pass
+
+    def kill(history: Any) -> bool:
+        if len(history) == 2 and not resumed.exists():
+            raise Killed
+        return False
+
+    resumed = tmp_path / "resumed"
+    with pytest.raises(Killed):
+        run(kill, tmp_path / "run.pt")
+    resumed.touch()
+    again, whole = run(kill, tmp_path / "run.pt"), run(kill, None)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
 def test_lottery_ticket(digits: Dataset) -> None:
     recipe = replace(RECIPE, epochs=3)
     make = partial(mlp, SHAPE, 10, width=16)

@@ -259,6 +259,15 @@ def test_spectral_norm_is_torchs_over_steps(make: Callable[[], nn.Module], steps
         torch.testing.assert_close(mine.u, yours._u, rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
 
 
+def test_spectral_norm_trains_in_bfloat16() -> None:
+    model = reg.with_spectral_norm(network("mlp"), generator=generator()).float().train()
+    x = normal(20, 1, 8, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).float().square().mean().backward()
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert model.eval()(x).dtype == torch.float32
+
+
 def test_a_normalised_network_stretches_nothing() -> None:
     model = reg.with_spectral_norm(network("mlp"), n_power_iterations=300, generator=generator()).train()
     x = normal(20, 1, 8, 8)
