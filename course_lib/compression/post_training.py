@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -364,14 +363,12 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     if not any(isinstance(module, norms) for module in made.modules()):
         return made
-    graph = fx.symbolic_trace(made).graph
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
+    for node in fx.symbolic_trace(made).graph.nodes:
         norm = _module(made, node)
-        if isinstance(norm, norms) and norm.running_mean is not None and calls[node.target] == 1:
+        if isinstance(norm, norms):
             before: Any = node.args[0]
             layer = _module(made, before)
-            if isinstance(layer, LAYERS) and len(before.users) == 1 and calls[before.target] == 1:
+            if isinstance(layer, LAYERS) and len(before.users) == 1:
                 put(made, before.target, _fused(layer, norm))
                 put(made, node.target, nn.Identity())
     return made
@@ -433,16 +430,13 @@ def equalise_pair(first: Any, second: Any) -> Tensor:
 def equalisable_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Return the pairs of layers between which nothing stands but what a positive scale passes through."""
     pairs = []
-    graph = fx.symbolic_trace(model).graph
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
+    for node in fx.symbolic_trace(model).graph.nodes:
         first = _module(model, node)
         after: Any = _through(model, node) if isinstance(first, LAYERS) else None
         second = _module(model, after)
         plain = isinstance(second, LAYERS) and getattr(second, "groups", 1) == 1
         # not where the places of an image were flattened to inputs of a linear layer
-        once = second is not None and calls[node.target] == calls[after.target] == 1
-        if plain and once and _weight(second).shape[1] == _weight(first).shape[0]:
+        if plain and _weight(second).shape[1] == _weight(first).shape[0]:
             pairs.append((str(node.target), str(after.target)))
     return pairs
 

@@ -33,7 +33,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -193,17 +193,12 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
             norm = nn.Sequential(model.norm, TokenMean())
             return [("embed", Tokens(model)), *_parts("blocks", model.blocks), ("norm", norm), ("head", model.head)]
         case nn.Sequential():
-            return [*_layers(model)]
+            return list(model.named_children())
     raise ValueError(f"model is a {type(model).__name__}: must be an nn.Sequential, mlp, convnet, resnet or vit")
 
 
 def _parts(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{child}", layer) for child, layer in _layers(sequence)]
-
-
-def _layers(sequence: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """All that it applies, in order; ``named_children`` would name a layer that is used twice only once."""
-    return ((name, layer) for name, layer in sequence._modules.items() if layer is not None)
+    return [(f"{name}.{child}", layer) for child, layer in sequence.named_children()]
 
 
 def flop_costs(layers: Sequence[nn.Module], example: Tensor) -> list[int]:

@@ -64,8 +64,8 @@ class Pipeline:
         self.mail = Mail(schedule, world, boundaries(stages, example))
         home = schedule.home
         self.stages = {s: stage for s, stage in enumerate(stages) if home[s] == world.rank}
-        self.halves = any(task.kind == "W" for task in schedule.ranks[world.rank])
-        self.later: dict[int, Later] = {s: late_weights(stage) for s, stage in self.stages.items() if self.halves}
+        halves = any(task.kind == "W" for task in schedule.ranks[world.rank])
+        self.later: dict[int, Later] = {s: late_weights(stage) for s, stage in self.stages.items() if halves}
         self.last = schedule.stages - 1
         self.saved = Saved(self.parameters())
         self.held: dict[tuple[int, int], tuple[Values, Values]] = {}
@@ -84,15 +84,9 @@ class Pipeline:
         """
         self.inputs = [part.clone() for part in x.tensor_split(self.schedule.batches)]  # no views: each is freed alone
         self.targets, self.total = y.tensor_split(self.schedule.batches), len(y)
-        self.loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.loss = torch.zeros((), device=x.device, dtype=x.dtype)
         self.spans: list[Span] = []
         do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
-        # anew: another pipeline of the same layers may have taken the lists in which they leave what comes later
-        self.later = {
-            s: late_weights(stage)
-            for s, stage in self.stages.items()
-            if self.halves or any(hasattr(part, "later") for part in stage.modules())
-        }
         self.mail.open([len(part) for part in self.targets])
         for task in self.schedule.ranks[self.rank]:
             arrived = [self.mail.take(need) for need in self.schedule.needs(task) if need.stage != task.stage]
@@ -124,10 +118,6 @@ class Pipeline:
             self.mail.post(task, tuple(gradient(value) for value in x))
         if kind == "I":  # what the other half will need, counted as long as it is kept
             self.late[s, b] = [(each, self.saved.hold(each.inputs, each.errors)) for each in self.later[s]]
-            self.later[s].clear()
-        elif s in self.later:  # halves of another pipeline; here the backward pass is one
-            for product in self.later[s]:
-                product.add()
             self.later[s].clear()
 
     def _weights(self, task: Task) -> None:

@@ -73,7 +73,7 @@ def one_shot(
 
 def _keep_pruned(scores: Scores, masks: Masks) -> Scores:
     """Put the weights that are gone at the end of the ranking, so that they are chosen before all others."""
-    return {n: s.masked_fill(~masks[n].to(s.device), -torch.inf) if n in masks else s for n, s in scores.items()}
+    return {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in scores.items()}
 
 
 # --- Iterative --------------------------------------------------------------------------------------------------------

@@ -479,25 +479,3 @@ def test_on_a_gpu() -> None:
     for way in (partial(weights_only, to=Grid(4)), partial(static, samples=[x])):
         other = partial(way.func, **{k: [x.cpu()] if k == "samples" else v for k, v in way.keywords.items()})
         torch.testing.assert_close(way(model)(x).cpu(), other(here)(x.cpu()), rtol=1e-6, atol=1e-6)
-
-
-class Twice(nn.Module):
-    """A layer and a norm that are called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.a(torch.relu(self.a(x))))
-        return self.b(torch.relu(self.norm(self.b(self.norm(x)))))
-
-
-def test_what_is_called_twice_is_neither_folded_nor_equalised() -> None:
-    torch.manual_seed(0)
-    model = Twice().double()
-    model(normal(20, 4))  # statistics of the norm
-    model.eval()
-    x = normal(7, 4, seed=1)
-    torch.testing.assert_close(fold_batch_norm(model)(x), model(x), rtol=1e-12, atol=1e-12)
-    assert equalisable_pairs(model) == []

@@ -536,12 +536,3 @@ def test_stages_on_a_gpu(dtype: torch.dtype) -> None:
     assert torch.equal(nn.Sequential(*stages)(x), copy.deepcopy(model)(x))
     assert all(s > 0 for s in cutting.measure_costs([layer for _, layer in cutting.chain(model)], x, repeats=2))
     assert all(s > 0 for s in cutting.measure_operations(model, x, repeats=1))
-
-
-def test_a_layer_that_is_used_twice_stands_twice_in_the_chain() -> None:
-    act = nn.ReLU()
-    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))
-    x = torch.randn(3, 4)
-    parts = cutting.chain(model)
-    assert [name for name, _ in parts] == ["0", "1", "2", "3", "4"]
-    assert torch.equal(nn.Sequential(*(layer for _, layer in parts))(x), model(x))

@@ -240,32 +240,6 @@ def test_a_schedule_for_others_is_refused() -> None:
     assert pipelined_runs.KINDS == ("F", "I", "W")
 
 
-def test_pipelines_of_the_same_layers_do_not_take_one_anothers_halves() -> None:
-    torch.manual_seed(0)
-    layers = [nn.Linear(6, 6), nn.Linear(6, 3)]
-    x, y = torch.randn(8, 6), torch.randint(3, (8,))
-    cross_entropy(nn.Sequential(*layers), x, y).backward()
-    expected = [p.grad.clone() for layer in layers for p in layer.parameters() if p.grad is not None]
-    make = [zero_bubble(1, 2), zero_bubble(1, 4), gpipe(1, 2)]
-    with process_group() as world:
-        stage = nn.Sequential(*layers)
-        pipelines = [Pipeline([stage], schedule, world, x[:1]) for schedule in make]
-        for pipeline in (*pipelines, pipelines[0]):
-            stage.zero_grad()
-            pipeline.step(x, y)
-            for p, wanted in zip(stage.parameters(), expected, strict=True):
-                assert p.grad is not None
-                torch.testing.assert_close(p.grad, wanted)
-
-
-def test_token_numbers_go_in() -> None:
-    stage = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
-    x, y = torch.randint(9, (6, 3)), torch.randint(3, (6,))
-    with process_group() as world:
-        loss = Pipeline([stage], gpipe(1, 2), world, x[:1]).step(x, y)
-    torch.testing.assert_close(loss, cross_entropy(stage, x, y))
-
-
 def test_layers_that_the_stages_cannot_share_evenly_are_refused() -> None:
     with process_group() as world, pytest.raises(ValueError, match="depth=3: must be a multiple of the 2 stages"):
         pipelined_runs._perceptron([nn.Linear(2, 2)] * 3, interleaved(1, 2, 2), world, torch.zeros(1, 2))
