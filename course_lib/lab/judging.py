@@ -304,7 +304,7 @@ def _expect_function(answer: Any) -> None:
         raise Wrong(f"a function is wanted here, and this is {_kind(answer)}")
 
 
-def _watched(answer: Any, changed: list[str], answered: bool) -> Rule:
+def _watched(answer: Any, changed: list[str], answered: bool = False) -> Rule:
     """The answer as a rule, which adds the name of each argument that it changes to ``changed``.
 
     ``answered``: it has returned something before, so that to return nothing now is a mistake, and no empty cell.

@@ -225,7 +225,8 @@ class _Comparison:
                 continue
             name = self.named_beside(old_name, a)
             self.words(f"{name}: label", a["label"], b["label"])
-            self.colour(name, a.get("colour", ""), b.get("colour", ""))
+            if a["label"] or self.tolerance is not None:  # of measured points the colour may say what was measured
+                self.colour(name, a.get("colour", ""), b.get("colour", ""))
             self.exactly(f"{name}: style", a.get("style", ""), b.get("style", ""))
             if "words" in a:
                 self.words(name, "\n".join(a["words"]), "\n".join(b["words"]))
@@ -295,7 +296,8 @@ def differences(stored: Description, fresh: Description, tolerance: float | None
     """What differs between two descriptions of a figure, in the reader's terms; empty where they agree.
 
     Structure and words must agree exactly, numbers within ``tolerance`` as ``_allowed`` applies it. A tolerance of
-    None stands for measured times: the numbers of ``fresh`` only have to be finite.
+    None stands for measured times: the numbers of ``fresh`` only have to be finite, and points without a name may have
+    another colour.
     """
     blank: Description = {"label": {}, "scale": {}, "limits": {}, "ticks": {}, "series": []}
     whole = _Comparison(blank | stored, blank | fresh, tolerance, "")

@@ -230,6 +230,9 @@ def test_timing_asks_only_for_finite_numbers() -> None:
     assert "not finite" in compare(line(y), line(np.array([1.0, np.nan, 3.0])), tolerance=None)[0]
     assert "has 2 points" in compare(line(y), line(y[:2]), tolerance=None)[0]
     assert compare(curves(), curves(lambda a: a.set_title("other")), tolerance=None) != []
+    red, blue = (curves(lambda a, c=c: a.plot([1, 2], [0.5, 0.6], "o", color=c)) for c in ("red", "blue"))
+    assert compare(red, blue, tolerance=None) == []  # the colour of nameless points may say what was measured
+    assert any("colour" in line for line in compare(red, blue))
 
 
 # ---- kinds of series -------------------------------------------------------------------------------------------------
