@@ -21,7 +21,7 @@ from course_lib import optimizers
 from course_lib.checks.designs import normal
 from course_lib.lab.data import Dataset, load
 from course_lib.lab.experiments import one_thread
-from course_lib.lab.judging import Method, Mistake, OpenProject, Reading, Rule, Wrong, call, close
+from course_lib.lab.judging import Method, Mistake, NotAttempted, OpenProject, Reading, Rule, Wrong, call, close
 from course_lib.lab.models import mlp
 from course_lib.lab.training import COLUMNS, History, Recipe, evaluate, fit, fresh
 from course_lib.preprocessing import flip_symmetric
@@ -870,6 +870,8 @@ def _stop_and_keep_only(answer: Any) -> None:
     if first != second:
         raise Wrong("your stop says something else when the same run comes a second time: it remembers the first",
                     _REMEMBERS)  # fmt: skip
+    if all(answer.stop(history) is None for history in _recorded()):
+        raise NotAttempted("your stop returns nothing so far")
 
 
 def _is_the_base_optimizer(optimizer: Any) -> bool:
@@ -891,7 +893,7 @@ def exercise_7(answer: Any) -> None:
         spent.append(epochs)
         total, to_come = sum(spent), len(HIDDEN) - len(spent)
         if total + to_come > MOST * len(HIDDEN):  # another run takes an epoch at least
-            more = f", and {to_come} more is to come" if to_come else ""
+            more = f", and {to_come} more to come" if to_come else ""
             raise Wrong(f"{len(spent)} of {len(HIDDEN)} hidden runs took {total:g} epochs{more}; allowed are "
                         f"{MOST * len(HIDDEN)} for all, {MOST} on average", _TOO_LONG)  # fmt: skip
     if not (mean := float(np.mean(reached))) >= LEAST:

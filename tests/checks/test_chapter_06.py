@@ -418,7 +418,7 @@ def test_other_mistakes_get_a_hint_of_their_own(exercise, answer, message, hint)
 @pytest.mark.parametrize(
     ("answer", "message", "hint"),
     [
-        (BASE, "2 of 4 hidden runs took 80 epochs; allowed are 80 for all", "after the best one"),
+        (BASE, "2 of 4 hidden runs took 80 epochs, and 2 more to come; allowed are 80 for all", "after the best one"),
         (designed(stopping.Patience(15)), "4 of 4 hidden runs took 100 epochs", "after the best one"),
         (designed(stopping.Patience(4), None), r"a mean accuracy of 0\.6.. over 4 hidden runs of 14, 14, 14, 14 epochs",
          "Whose weights are left"),

@@ -420,7 +420,7 @@ MISTAKES = [
     ("14.6", grown_in_place, "changes its argument weights in place", "work with a copy"),
     ("14.6", lambda w, n, y, k: boosted(w, n, y, k)[::-1], "alpha should have shape", "weight 0.9"),
     ("14.6", lambda w, n, y, k: boosted(w, n, y, k)[0], "should return 2 values", "weight 0.9"),
-    ("14.6", lambda w, n, y, k: boosted(w, n, y, 2), r"log\(K - 1\) is missing", "Ten classes"),
+    ("14.6", lambda w, n, y, k: boosted(w, n, y, 2), r"log\(K - 1\) is missing", "SAMME adds"),
     ("14.6", lambda w, n, y, k: (2 * boosted(w, n, y, k)[0], boosted(w, n, y, k)[1]), "alpha is not", "0.9"),
     ("14.6", flattened(boosted), r"alpha should have shape \[\]", "weight 0.9"),
     ("14.6", lambda w, n, y, k: (boosted(w, n, y, k)[0], w.flip(0)), "the new set of weights is not right", "0.9"),
