@@ -23,7 +23,7 @@ def check_network(model: nn.Module, data: Dataset) -> None:
         fewer outputs than classes.
     """
     for name, split in {"data.train": data.train, "data.val": data.val}.items():
-        require(name, split, len, "of at least one example")
+        require(name, split, lambda s: len(s) > 0, "of at least one example")
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
         frozen = "all its weights are frozen" if next(model.parameters(), None) is not None else "it has no weights"

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from course_lib.lab import plotting
-from course_lib.lab.arguments import at_least, require
+from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset
 from course_lib.lab.runtime import device, interactive, usable_cores
 from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
@@ -206,7 +206,8 @@ class Comparison:
         lines = {}
         for arm in filter(self._whole, self.histories):
             rows = sorted({len(history) for history in self.histories[arm]})
-            require("column", column, lambda _, rows=rows: len(rows) == 1, f"of runs of one length; {arm!r} has {rows}")
+            if len(rows) != 1:
+                raise ValueError(f"column={column!r}: must be of runs of one length; {arm!r} has {rows}")
             lines[arm] = np.array([history[column] for history in self.histories[arm]])
         return plotting.curves(lines, ax=ax, ylabel=column.replace("_", " "), **settings)
 

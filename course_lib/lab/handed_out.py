@@ -1,7 +1,7 @@
 """Of each function in which a bug is to be found: the digest of its source as the chapter hands it out.
 
 Who runs the cell unchanged is told so, and not what the bug is (``lab.exercises.digest``). The chapters are compared
-with these by ``tests/checks/test_handed_out.py``.
+with these by ``tests/lab/test_handed_out.py``.
 """
 
 HANDED_OUT = {

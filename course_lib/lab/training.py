@@ -228,7 +228,7 @@ def logits_of(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tens
     ------
     ValueError : the split is empty.
     """
-    require("split", split, len, "of at least one example")
+    require("split", split, lambda s: len(s) > 0, "of at least one example")
     with _evaluating(model), torch.no_grad():
         where, dtype = _home(model, split)
         return torch.cat([model(x) for x, _ in batches(split.to(where), batch_size, dtype=dtype)])
@@ -245,7 +245,7 @@ def evaluate(
     ------
     ValueError : the split is empty.
     """
-    require("split", split, len, "of at least one example")
+    require("split", split, lambda s: len(s) > 0, "of at least one example")
     losses, right = [], []
     with _evaluating(model), torch.no_grad():
         where, dtype = _home(model, split)

@@ -295,7 +295,7 @@ def test_an_unknown_cost_is_named():
 
 def test_a_metric_that_nobody_measured_is_named_after_one_run():
     with pytest.raises(KeyError, match=r"test_acc.*a history has the columns .*val_accuracy"):
-        compare(network, blobs(), {"plain": replace(RECIPE, epochs=1)}, seeds=[0], metric="test_acc", workers=1)
+        compare({"a": replace(RECIPE, epochs=1)}, model=network, data=blobs(), seeds=2, metric="test_acc", workers=1)
 
 
 def test_curves_leave_out_an_arm_with_a_run_that_diverged_and_refuse_several_lengths():
