@@ -313,7 +313,7 @@ def test_an_answer_comes_only_after_one_more_key(chromium: Any, folder: Path) ->
     measured = page.locator("section.present section.present .measured")
     assert not measured.is_visible()
     page.keyboard.press("Space")
-    assert measured.is_visible()
+    measured.wait_for(state="visible", timeout=10_000)
     assert "Muon" in measured.inner_text()
     page.close()
 
