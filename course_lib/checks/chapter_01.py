@@ -130,7 +130,7 @@ exercise_1 = Method(
         Mistake(partial(_standardise, mean=lambda table: table.mean(1), std=lambda table: table.std(1, correction=0)),
                 "the figures are taken along the rows of train, not down its columns", _EACH_COLUMN),
         Mistake(_by_range, "the columns are scaled to the range from 0 to 1",
-                "That is min-max scaling, which one outlier can ruin. What is wanted are mean and standard deviation."),
+                "That is min-max scaling, which one outlier can ruin. Use the mean and the standard deviation."),
         Mistake(partial(_standardise, guarded=lambda std: std), "a column that is constant in train is divided by 0",
                 _CONSTANT),
         Mistake(_constant_left, "a constant column stays as it is", "It should be centred like the others."),

@@ -113,7 +113,7 @@ exercise_1 = Method(
                 ["That is right for step 0. What should it pass on afterwards?",
                  "A sum grows as it travels: each rank adds its own share and passes the chunk on."]),
         Mistake(lambda rank, step, n: ((rank + 1) % n, (rank - 1) % n),
-                "these are the neighbours' ranks; what is wanted are the numbers of the chunks that travel",
+                "these are the neighbours' ranks; the numbers of the chunks that travel are wanted",
                 "To whom a rank sends never changes. What it sends changes with each step."),
         Mistake(lambda rank, step, n: _ring_step(rank, step, n - 1), "your chunk numbers wrap around one too early",
                 "How many chunks are there with world_size workers? It is the number of steps that is one smaller."),

@@ -884,7 +884,7 @@ exercise_6 = Method(
         Mistake(lambda sizes, k: _boundaries(sizes, max(k - 1, 1)), "there is one segment fewer than there may be",
                 _FORM),
         Mistake(lambda sizes, k: [cut + 1 for cut in _boundaries(sizes, k)],
-                "these are the first layers of the segments: what is wanted are the last ones", _FORM),
+                "these are the first layers of the segments: the last ones are wanted", _FORM),
         Mistake(lambda sizes, k: [*_boundaries(sizes, k), len(sizes) - 1],
                 "the last layer is among the cut places: the last segment ends there by itself", _FORM),
         Mistake(_one_by_one, "each cut is the best further one: together others are better", _BOUND),

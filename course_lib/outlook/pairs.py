@@ -48,8 +48,8 @@ class Pair:
     Attributes
     ----------
     first, second : chapters, ``first < second``.
-    verdict : "helps" (together more than either, or one makes the other cheaper), "neutral" (they stand for one
-        another, or no direction was shown) or "conflicts" (one takes from the other).
+    verdict : "helps" (together more than either, or one makes the other cheaper), "neutral" (each can replace the
+        other, or no direction was shown) or "conflicts" (one takes from the other).
     why : one sentence.
     section : the heading in chapter ``shown`` under which the notebook ran the two together; "" where it was not.
     shown : the chapter of that section; None where the pair is cited.

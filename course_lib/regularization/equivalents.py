@@ -16,8 +16,7 @@ name                                what it gives                               
 ==================================  ==================================================  ================================
 
 A linear model is a vector w ``[D]`` with predictions ``X @ w``. Written for comparison, in the type of the tensors that
-come in: give float64. They are values, not objectives; gradients flow
-through those of linear models alone.
+come in: give float64. They are values, not objectives; gradients flow through those of linear models alone.
 """
 
 from __future__ import annotations

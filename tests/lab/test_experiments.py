@@ -303,8 +303,7 @@ def test_curves_leave_out_an_arm_with_a_run_that_diverged_and_refuse_several_len
     short = History([{"epoch": 1.0, "val_accuracy": 0.5}], epochs=1)
     values = {arm: np.array([0.5, 0.6]) for arm in ("whole", "broken")}
     found = Comparison("val accuracy", (0, 1), values, {"whole": [history] * 2, "broken": [history, History()]})
-    axes = found.curves()
-    assert [text.get_text() for text in axes.texts] or len(axes.lines) == 1
+    assert len(found.curves().lines) == 1
     with pytest.raises(ValueError, match="not every run of 'broken' has a history"):
         found.by("val_accuracy")
     uneven = Comparison("val accuracy", (0, 1), values, {"whole": [history, short]})

