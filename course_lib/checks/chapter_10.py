@@ -26,6 +26,7 @@ from course_lib.lab.judging import (
     Case,
     Method,
     Mistake,
+    OfThisAnswer,
     OpenProject,
     Reading,
     Rule,
@@ -792,7 +793,7 @@ def _hints_for(tables: Sequence[Schedule], ways: Sequence[str]) -> list[str]:
         return _HOLD if " holds " in broken[0] else _TABLE_FORM
     for found, (ranks, m, held) in zip(tables, HIDDEN, strict=True):
         for slip in _slips(found, held):
-            return [f"With {ranks} ranks, {m} micro-batches and {held} held, {slip}.", *_URGENT]
+            return [OfThisAnswer(f"With {ranks} ranks, {m} micro-batches and {held} held, {slip}."), *_URGENT]
     return _URGENT
 
 

@@ -23,6 +23,7 @@ from course_lib.lab.judging import (
     Hints,
     Method,
     Mistake,
+    OfThisAnswer,
     OpenProject,
     Reading,
     Rule,
@@ -964,15 +965,19 @@ def _said_of(found: Sequence[Bits]) -> tuple[str, Hints]:
     for place, bits in enumerate(found):
         weights, _, budget = _hidden(place)
         if not _fits(bits, weights, budget):
-            return "", [f"With {len(weights)} layers and a budget of {budget:g} you use {_used(bits, weights):,} bits, "
-                        f"and there are {budget * sum(weights.values()):,.0f}.", _SUM]  # fmt: skip
+            spent = OfThisAnswer(
+                f"With {len(weights)} layers and a budget of {budget:g} you use {_used(bits, weights):,} bits, and "
+                f"there are {budget * sum(weights.values()):,.0f}."
+            )
+            return "", [spent, _SUM]
     for rule, message, hints in _HABITS:
         if all(bits == rule(*_hidden(place)) for place, bits in enumerate(found)):
             return f"{message}; ", hints
     worst = max(range(len(found)), key=lambda place: _ratio(place, found[place]))
     slip = next(_slips(worst, found[worst]), None)
     layers, budget, _ = HIDDEN[worst]
-    return "", [*([f"With {layers} layers and a budget of {budget:g}, {slip}."] if slip else []), *_A_BIT_COSTS]
+    where = [OfThisAnswer(f"With {layers} layers and a budget of {budget:g}, {slip}.")] if slip else []
+    return "", [*where, *_A_BIT_COSTS]
 
 
 def exercise_7(answer: Any) -> None:

@@ -26,6 +26,7 @@ from course_lib.lab.judging import (
     Hints,
     Method,
     Mistake,
+    OfThisAnswer,
     OpenProject,
     Reading,
     Rule,
@@ -1038,6 +1039,7 @@ def exercise_7(answer: Any) -> None:
     mean = float(np.mean(ratios))
     if mean > MOST:
         worst, hints = _at_its_worst(found)
+        here = OfThisAnswer(worst)
         habit = next(((said, hint) for has, said, hint in _HABITS if has(found)), None)
         said, hints = (f"{habit[0]}; ", habit[1]) if habit else ("", hints)
         each = "; ".join(
@@ -1045,7 +1047,7 @@ def exercise_7(answer: Any) -> None:
             for load, ratio in zip(HIDDEN, ratios, strict=True)
         )
         raise Wrong(f"{said}by your policy the machine works {mean:.3f} times as long as it must on average, "
-                    f"the limit is {MOST}; by (rate, fixed, each, limit), {each}", [worst, *hints])  # fmt: skip
+                    f"the limit is {MOST}; by (rate, fixed, each, limit), {each}", [here, *hints])  # fmt: skip
 
 
 exercise_8 = OpenProject(

@@ -90,7 +90,7 @@ def clipped(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
     The derivative by the clip is 1 where x is at least the clip and 0 elsewhere; that
     by x is 1 between the two.
     """
-    inside = torch.minimum(x.clamp(min=0), clip)
+    inside = torch.where(x >= clip, clip, x.clamp(min=0))
     scale = clip.detach() / (grid.levels - 1)
     return inside + (torch.round(inside.detach() / scale) * scale - inside.detach())
 

@@ -283,8 +283,9 @@ class _Part:
             same = dict.fromkeys(("fixed", "huffman", "entropy"), size)
             return {"weights": weights, "kept": weights, "dense": size, **same, "codebook": 0, "codes": 0, "steps": 0}
         symbols, entries = self._symbols(), self.entry["entries"]
-        bits = math.ceil(math.log2(max(2, len(self.entry["lengths"])))) + self.entry.get("step_bits", 0)
         codebook, codes, *steps = map(len, self.sections)
+        values = len(tensor_from(self.sections[0], self.entry["dtype"], [-1])) + bool((symbols[0] == 0).any())
+        bits = math.ceil(math.log2(max(2, values))) + self.entry.get("step_bits", 0)
         return {
             "weights": weights,
             "kept": int((symbols[0] != 0).sum()),

@@ -365,8 +365,8 @@ class PackedLinear(nn.Module):
         codes = torch.stack((self.packed & 15, self.packed >> 4), 1).flatten()
         codes = codes[: self.out_features * groups * self.group]
         codes = codes.view(self.out_features, groups, self.group)
-        reals = (codes - self.zeros) * self.scales.to(self.dtype)
-        return reals.flatten(1)[:, : self.in_features]
+        reals = (codes - self.zeros) * self.scales.to(torch.promote_types(self.scales.dtype, self.dtype))
+        return reals.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``."""

@@ -205,10 +205,11 @@ def nf4(w: Tensor, block: int = 64, scale_block: int | None = 256) -> Rounded:
         integers, as here.
     """
     blocks = _blocks(w.reshape(1, -1), block)
-    scales = _positive(blocks.abs().amax(-1, keepdim=True))
+    scales = blocks.abs().amax(-1, keepdim=True)  # 0 for a block of zeros
     levels = nf4_levels().to(w.device, blocks.dtype)
     middles = (levels[1:] + levels[:-1]) / 2
-    nearest = torch.bucketize((blocks / scales).contiguous(), middles)
+    scaled = (blocks / _positive(scales)).contiguous()
+    nearest = torch.bucketize(scaled, middles)
     bits = SCALE_BITS * scales.numel()
     if scale_block is not None:
         scales, bits = _double_quantised(scales, scale_block)
@@ -269,10 +270,12 @@ def best_ternary(w: Tensor) -> Rounded:
     and one pass over k find the best.
     """
     rows = w.flatten(1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of sums
     size = rows.abs().sort(dim=1, descending=True).values
     counts = torch.arange(1, size.shape[1] + 1, device=w.device)
-    best = (size.cumsum(1).square() / counts).argmax(1, keepdim=True)
-    alpha = size.cumsum(1).gather(1, best) / (best + 1)
+    sums = size.cumsum(1)
+    best = (sums.square() / counts).argmax(1, keepdim=True)
+    alpha = sums.gather(1, best) / (best + 1)
     kept = rows.abs() >= size.gather(1, best)
     return _rounded(rows.sign() * kept * alpha, w, TRIT_BITS, SCALE_BITS * len(rows))
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -357,18 +358,22 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     In evaluation a batch norm is :math:`\gamma (y - \mu) / \sigma + \beta`: scale and
     shift of each output, which the weights and the bias can do as well. ``nn.Identity``
-    stands in its place.
+    stands in its place. Where one of the two is used in several places, or the norm
+    keeps no statistics, both stay.
     """
     made = copy.deepcopy(model).eval()
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     if not any(isinstance(module, norms) for module in made.modules()):
         return made
-    for node in fx.symbolic_trace(made).graph.nodes:
+    nodes = fx.symbolic_trace(made).graph.nodes
+    once = _used_once(nodes)
+    for node in nodes:
         norm = _module(made, node)
-        if isinstance(norm, norms):
+        if isinstance(norm, norms) and norm.running_mean is not None:
             before: Any = node.args[0]
             layer = _module(made, before)
-            if isinstance(layer, LAYERS) and len(before.users) == 1:
+            alone = isinstance(layer, LAYERS) and {node.target, before.target} <= once
+            if alone and len(before.users) == 1:
                 put(made, before.target, _fused(layer, norm))
                 put(made, node.target, nn.Identity())
     return made
@@ -428,17 +433,29 @@ def equalise_pair(first: Any, second: Any) -> Tensor:
 
 
 def equalisable_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the pairs of layers between which nothing stands but what a positive scale passes through."""
+    """Return the pairs of layers between which nothing stands but what a positive scale passes through.
+
+    Both are used in one place only: elsewhere a scaled layer would be another one.
+    """
     pairs = []
-    for node in fx.symbolic_trace(model).graph.nodes:
+    nodes = fx.symbolic_trace(model).graph.nodes
+    once = _used_once(nodes)
+    for node in nodes:
         first = _module(model, node)
         after: Any = _through(model, node) if isinstance(first, LAYERS) else None
         second = _module(model, after)
         plain = isinstance(second, LAYERS) and getattr(second, "groups", 1) == 1
+        plain = plain and {node.target, after.target} <= once
         # not where the places of an image were flattened to inputs of a linear layer
         if plain and _weight(second).shape[1] == _weight(first).shape[0]:
             pairs.append((str(node.target), str(after.target)))
     return pairs
+
+
+def _used_once(nodes: Iterable[fx.Node]) -> set[Any]:
+    """The modules that a network calls in one place."""
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    return {name for name, count in calls.items() if count == 1}
 
 
 def _through(model: nn.Module, node: fx.Node) -> fx.Node | None:

@@ -204,7 +204,8 @@ class Quantised:
     def dequantise(self) -> Tensor:
         """Return the weight that the integers stand for."""
         scales, zeros = self.spread(self.scales), self.spread(self.zeros)
-        return dequantise(self.integers, scales.to(self.dtype), zeros)
+        wider = torch.promote_types(scales.dtype, self.dtype)  # a product of rounded scales would be rounded twice
+        return dequantise(self.integers, scales.to(wider), zeros).to(self.dtype)
 
     @property
     def bits_per_weight(self) -> float:

@@ -170,12 +170,18 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
     dearest.
 
     One beats another if it is no worse in either and better in one. Equal points stay
-    together.
+    together. Infinity is the worst there is.
+
+    Raises
+    ------
+    ValueError : a number of a point is NaN, which is neither better nor worse.
     """
+    for point in points:
+        require("points", point, lambda p: p[0] == p[0] and p[1] == p[1], "no NaN")
     front: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: points[n]):
-        last = points[front[-1]] if front else (-math.inf, math.inf)
-        if points[number][1] < last[1] or points[number] == last:
+        last = points[front[-1]] if front else None
+        if not last or points[number][1] < last[1] or points[number] == last:
             front.append(number)
     return front
 
@@ -220,7 +226,8 @@ def crowding(points: Sequence[Point]) -> list[float]:
         spread = (values[-1] - values[0]) or 1.0
         found[order[0]] = found[order[-1]] = math.inf
         for place in range(1, len(order) - 1):
-            found[order[place]] += (values[place + 1] - values[place - 1]) / spread
+            gap = (values[place + 1] - values[place - 1]) / spread
+            found[order[place]] += 0.0 if math.isnan(gap) else gap  # where both are infinite
     return found
 
 

@@ -178,7 +178,8 @@ def threshold_for_accuracy(
     check_logits(torch.stack([first, second]) if first.shape == second.shape else first)
     check_labels(labels, len(first), first.shape[1])
     require("accuracy", accuracy, lambda a: is_number(a) and 0 <= a <= 1, "a number from 0 to 1")
-    sure, order = confidence(first).detach().double().sort(stable=True)  # the least sure go on first
+    said = mean_probability(first[None]).log_softmax(1)  # as `cascaded` hears it, to the last bit
+    sure, order = confidence(said).detach().double().sort(stable=True)  # the least sure go on first
     gain = (second.argmax(1) == labels).long() - (first.argmax(1) == labels).long()
     at_first = int((first.argmax(1) == labels).sum())
     right = at_first + torch.cat([gain.new_zeros(1), gain[order].cumsum(0)])  # when so many of the least sure go on

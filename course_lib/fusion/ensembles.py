@@ -41,7 +41,7 @@ from course_lib.fusion.together import train_together
 from course_lib.fusion.voting import Fuse, mean_probability
 from course_lib.lab.arguments import at_least, is_number, require
 from course_lib.lab.data import Dataset
-from course_lib.lab.models import thaw
+from course_lib.lab.models import as_in_training, thaw
 from course_lib.lab.stepping import after_each_step
 from course_lib.lab.training import Recipe, fit, fresh
 from course_lib.schedules.shapes import cosine_restarts, schedule
@@ -254,10 +254,9 @@ def _dropping(model: nn.Module) -> Iterator[None]:
     """Evaluation mode but for dropout, and afterwards each part in the mode that it was in."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
-    for part in dropouts(model):
-        part.training = True
     try:
-        yield
+        with as_in_training(dropouts(model)):
+            yield
     finally:
         for part, mode in modes:
             part.training = mode

@@ -27,7 +27,7 @@ import torch
 from course_lib.lab import chapters, predictions, progress_file
 from course_lib.lab.claims import ReadableTable
 from course_lib.lab.handed_out import HANDED_OUT
-from course_lib.lab.judging import NotAttempted, OpenProject, Wrong
+from course_lib.lab.judging import NotAttempted, OfThisAnswer, OpenProject, Wrong
 
 CHECKS = "course_lib.checks"  # the package with one module a chapter
 
@@ -192,8 +192,9 @@ def _has_ellipsis(answer: Any) -> bool:
 def _next_hint(exercise: str, hints: tuple[str, ...]) -> str:
     if not hints:
         return ""
-    given = _hints_given.get((exercise, hints), 0)
-    _hints_given[exercise, hints] = given + 1
+    kept = tuple("" if isinstance(hint, OfThisAnswer) else hint for hint in hints)
+    given = _hints_given.get((exercise, kept), 0)
+    _hints_given[exercise, kept] = given + 1
     return hints[min(given, len(hints) - 1)]
 
 

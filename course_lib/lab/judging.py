@@ -44,6 +44,10 @@ UNCHANGED = (
 )
 
 
+class OfThisAnswer(str):
+    """A hint with the answer's own numbers in it. With other numbers in it, a list of hints goes on where it was."""
+
+
 class Wrong(Exception):
     """Raised by a check: what is wrong, in the learner's terms, and a hint, or several that are given one by one."""
 

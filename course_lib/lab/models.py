@@ -18,7 +18,8 @@ trace all of them, since nothing they do depends on the values that they see.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -294,6 +295,24 @@ def thaw(module: nn.Module) -> nn.Module:
             if hook is _as_in_evaluation:
                 del part._forward_pre_hooks[key]
     return module
+
+
+@contextmanager
+def as_in_training(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it these parts compute as in training, frozen ones too; afterwards each is as it was."""
+    held = [(part, part.training, part._forward_pre_hooks.copy()) for part in parts]
+    try:
+        for part, _, hooks in held:
+            for key, hook in hooks.items():
+                if hook is _as_in_evaluation:
+                    del part._forward_pre_hooks[key]
+            part.training = True
+        yield
+    finally:
+        for part, mode, hooks in held:
+            part._forward_pre_hooks.clear()
+            part._forward_pre_hooks.update(hooks)
+            part.training = mode
 
 
 def _as_in_evaluation(module: nn.Module, args: object) -> None:

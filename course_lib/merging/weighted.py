@@ -168,7 +168,7 @@ def inner_products(model: nn.Module, split: Split, *, batch_size: int = 256) -> 
     found: State = {}
 
     def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].detach().flatten(0, -2).to(at_least_float32(inputs[0].dtype))  # [N, …, in] -> [rows, in]
+        rows = doubled(inputs[0].detach().flatten(0, -2))  # [N, …, in] -> [rows, in]; to be inverted
         found[name] = rows.mT @ rows + found.get(name, 0.0)
 
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]

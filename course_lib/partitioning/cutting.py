@@ -173,7 +173,7 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return a network of the laboratory as ``(name, layer)`` in order; applied one after the other they are it.
 
     The layers are the network's own, so what trains them trains it. Residual and encoder blocks stay whole: a chain is
-    cut between layers only. An ``nn.Sequential`` is a chain already.
+    cut between layers only. An ``nn.Sequential`` is a chain already; a layer that it has twice comes twice.
 
     Raises
     ------
@@ -193,12 +193,12 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
             norm = nn.Sequential(model.norm, TokenMean())
             return [("embed", Tokens(model)), *_parts("blocks", model.blocks), ("norm", norm), ("head", model.head)]
         case nn.Sequential():
-            return list(model.named_children())
+            return list(zip(model._modules, model, strict=True))  # named_children leaves out what comes again
     raise ValueError(f"model is a {type(model).__name__}: must be an nn.Sequential, mlp, convnet, resnet or vit")
 
 
 def _parts(name: str, sequence: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{child}", layer) for child, layer in sequence.named_children()]
+    return [(f"{name}.{child}", layer) for child, layer in sequence._modules.items() if layer is not None]
 
 
 def flop_costs(layers: Sequence[nn.Module], example: Tensor) -> list[int]:

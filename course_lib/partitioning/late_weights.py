@@ -2,7 +2,8 @@
 
 ``late_weights(network)`` puts such layers in the place of a network's linear and convolutional ones, with the same
 parameters under the same names. A backward pass then leaves out the products for the weights, half of its arithmetic,
-and puts them on a list: what zero-bubble schedules need (Qi et al. 2023, arXiv:2401.10241).
+and puts them on a list: what zero-bubble schedules need (Qi et al. 2023, arXiv:2401.10241). ``in_time(network)`` lets
+them compute both halves at once again.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: LateLinear, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.later = layer, layer.later
         return F.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,), layer = ctx.saved_tensors, ctx.layer
-        layer.later.append(Product(layer, x, grad))
+        ctx.later.append(Product(layer, x, grad))
         return grad @ layer.weight, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -53,13 +54,13 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: LateConv2d, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.later = layer, layer.later
         return F.conv2d(x, layer.weight, layer.bias, **layer.how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,), layer, weight = ctx.saved_tensors, ctx.layer, ctx.layer.weight
-        layer.later.append(Product(layer, x, grad))
+        ctx.later.append(Product(layer, x, grad))
         back = conv2d_input(x.shape, weight, grad, **layer.how) if ctx.needs_input_grad[0] else None
         return back, *[None] * (len(ctx.needs_input_grad) - 1)
 
@@ -67,10 +68,12 @@ class _Convolution(torch.autograd.Function):
 class LateLinear(nn.Linear):
     """A linear layer whose backward pass puts the gradient of its weights on the list ``later``."""
 
-    later: Later
+    later: Later | None = None  # at once, as ever
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., K]``."""
+        if self.later is None:
+            return super().forward(x)
         return _Linear.apply(x, self, *self.parameters())
 
     def gradients(self, x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ class LateLinear(nn.Linear):
 class LateConv2d(nn.Conv2d):
     """A convolution whose backward pass puts the gradient of its weights on the list ``later``."""
 
-    later: Later
+    later: Later | None = None
 
     @property
     def how(self) -> dict[str, Any]:
@@ -96,6 +99,8 @@ class LateConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, K, H', W']``."""
+        if self.later is None:
+            return super().forward(x)
         return _Convolution.apply(x, self, *self.parameters())
 
     def gradients(self, x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ def late_weights(network: nn.Module) -> Later:
     """Make a network's linear and convolutional layers late, in place; return the list that its backward passes fill.
 
     Its parameters, their names and its function stay. All other parameters (norms, positions) get their gradient in the
-    backward pass itself, as ever: they cost little.
+    backward pass itself, as ever: they cost little. Called again, a new list takes the place of the old one.
 
     Raises
     ------
@@ -127,3 +132,10 @@ def late_weights(network: nn.Module) -> Later:
         layer.__class__ = LATE[type(layer)]  # the same layer with another forward: hooks and state stay with it
         layer.later = later
     return later
+
+
+def in_time(network: nn.Module) -> None:
+    """Let a network's late layers compute the gradient of their weights in the backward pass itself again."""
+    for layer in network.modules():
+        if hasattr(layer, "later"):
+            layer.later = None  # type: ignore[assignment]  # torch says Tensor or Module

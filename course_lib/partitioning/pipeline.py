@@ -24,7 +24,7 @@ from course_lib.lab.training import Objective, cross_entropy
 from course_lib.parallel.collectives import receive, start_sending
 from course_lib.parallel.data_parallel import local_loss
 from course_lib.parallel.launching import World
-from course_lib.partitioning.late_weights import Later, Product, late_weights
+from course_lib.partitioning.late_weights import Later, Product, in_time, late_weights
 from course_lib.partitioning.saved import Held, Saved
 from course_lib.partitioning.schedules import Schedule, Span, Task
 
@@ -45,7 +45,8 @@ class Pipeline:
 
     Raises
     ------
-    ValueError : the schedule is for other numbers of stages or ranks.
+    ValueError : the schedule is for other numbers of stages or ranks; or stages of two ranks share a parameter, of
+        which each rank would train a copy of its own.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Pipeline:
         self.schedule, self.rank, self.objective = schedule, world.rank, objective
         self.mail = Mail(schedule, world, boundaries(stages, example))
         home = schedule.home
+        _check_shared(stages, home)
         self.stages = {s: stage for s, stage in enumerate(stages) if home[s] == world.rank}
-        halves = any(task.kind == "W" for task in schedule.ranks[world.rank])
-        self.later: dict[int, Later] = {s: late_weights(stage) for s, stage in self.stages.items() if halves}
+        self.halves = any(task.kind == "W" for task in schedule.ranks[world.rank])
+        self.later: dict[int, Later] = {}
         self.last = schedule.stages - 1
         self.saved = Saved(self.parameters())
         self.held: dict[tuple[int, int], tuple[Values, Values]] = {}
@@ -73,7 +75,7 @@ class Pipeline:
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of this rank's stages."""
-        return [p for stage in self.stages.values() for p in stage.parameters()]
+        return list(dict.fromkeys(p for stage in self.stages.values() for p in stage.parameters()))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Leave the gradient of a batch ``x [N, …]``, ``y [N]`` in this rank's parameters; return its mean loss.
@@ -84,17 +86,26 @@ class Pipeline:
         """
         self.inputs = [part.clone() for part in x.tensor_split(self.schedule.batches)]  # no views: each is freed alone
         self.targets, self.total = y.tensor_split(self.schedule.batches), len(y)
-        self.loss = torch.zeros((), device=x.device, dtype=x.dtype)
+        self.loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         self.spans: list[Span] = []
-        do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
         self.mail.open([len(part) for part in self.targets])
+        if self.halves:  # lists of this step's own: the layers may be those of another pipeline as well
+            self.later = {s: late_weights(stage) for s, stage in self.stages.items()}
+        try:
+            self._do_tasks()
+        finally:
+            for stage in self.stages.values():
+                in_time(stage)
+        self.mail.close()
+        return self.loss
+
+    def _do_tasks(self) -> None:
+        do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
         for task in self.schedule.ranks[self.rank]:
             arrived = [self.mail.take(need) for need in self.schedule.needs(task) if need.stage != task.stage]
             started = time.perf_counter()
             do[task.kind](task, *arrived)
             self.spans.append(Span(self.rank, task, started, time.perf_counter()))
-        self.mail.close()
-        return self.loss
 
     def _forward(self, task: Task, *arrived: Values) -> None:
         _, s, b = task
@@ -123,6 +134,18 @@ class Pipeline:
     def _weights(self, task: Task) -> None:
         for product, _ in self.late.pop((task.stage, task.batch)):
             product.add()
+
+
+def _check_shared(stages: Sequence[nn.Module], home: Sequence[int]) -> None:
+    seen: dict[int, int] = {}
+    for number, stage in enumerate(stages):
+        for name, parameter in stage.named_parameters():
+            first = seen.setdefault(id(parameter), number)
+            if home[first] != home[number]:
+                raise ValueError(
+                    f"stages: number {number} has {name!r}, a parameter of number {first} as well, which is another "
+                    "rank's: stages that share a parameter must be on one rank"
+                )
 
 
 def as_tuple(values: Tensor | Values) -> Values:

@@ -17,7 +17,6 @@ name                       what it does
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import signal
@@ -377,8 +376,7 @@ def measure_pipeline(
         layers = [nn.Sequential(nn.Linear(width, width), nn.ReLU()).to(world.device) for _ in range(depth)]
         x = torch.randn(batch_size, width, device=world.device)
         y = torch.randint(width, (batch_size,), device=world.device)
-        # layers of their own: a stage whose weights' halves come later keeps them in its layers
-        pipelines = {m: _perceptron(copy.deepcopy(layers), schedule(world.size, m), world, x) for m in micro_batches}
+        pipelines = {m: _perceptron(layers, schedule(world.size, m), world, x) for m in micro_batches}
         seconds: dict[int, list[float]] = {0: [], **{m: [] for m in micro_batches}}
         for _ in range(repeats + 1):
             seconds[0].append(_seconds(lambda: _alone(layers, x, y) if world.rank == 0 else None))

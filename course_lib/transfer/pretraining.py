@@ -278,6 +278,7 @@ class MaskedAutoencoder(Wrapped):
         seen = order[:, : self.kept, None]
         known = self.widen(network.norm(network.blocks(tokens.gather(1, seen.expand(-1, -1, tokens.shape[2])))))
         everywhere = self.unknown.expand(len(x), tokens.shape[1], -1)
+        known = known.to(everywhere.dtype)  # under autocast it is bfloat16
         placed = everywhere.scatter(1, seen.expand(-1, -1, known.shape[2]), known) + self.position
         return self.paint(self.norm(self.blocks(placed)))
 

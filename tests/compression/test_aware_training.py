@@ -134,6 +134,9 @@ def test_a_learnt_clip_by_hand() -> None:
     by_x, by_clip = gradients(y, torch.tensor([1.0, 2, 3, 4, 5]), x, clip)
     assert by_x.tolist() == [0, 2, 3, 0, 0]
     assert by_clip == 9
+    at_clip = torch.tensor([1.5], requires_grad=True)
+    by_x, by_clip = gradients(clipped(at_clip, clip, Grid(2, signed=False)), torch.ones(1), at_clip, clip)
+    assert (by_x, by_clip) == (0, 1), "an input that is the clip counts as clipped"
 
 
 def test_the_gradient_of_a_learnt_step_is_scaled_by_what_shares_it() -> None:

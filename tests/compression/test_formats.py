@@ -219,6 +219,21 @@ def test_ternary_by_hand() -> None:
     assert best - 0.15 < near <= best
 
 
+def test_a_block_of_zeros_stays_zero_and_leaves_the_other_scales_alone() -> None:
+    w = 0.02 * normal(2, 64)
+    with_zeros = torch.cat([w, torch.zeros(2, 64)])
+    assert (nf4(with_zeros).weight[2:] == 0).all()
+    error = (nf4(with_zeros).weight[:2] - w).abs().max()
+    assert error < 1.1 * (nf4(w, scale_block=None).weight - w).abs().max()
+
+
+def test_the_best_ternary_in_half_precision() -> None:
+    w = 100 * normal(2, 4000)  # squares of sums beyond 65,504
+    half = best_ternary(w.half())
+    assert half.weight.dtype is torch.float16
+    torch.testing.assert_close(half.weight.float(), best_ternary(w.half().float()).weight, rtol=1e-3, atol=0)
+
+
 def test_absmean_by_hand() -> None:
     w = torch.tensor([[0.1, -1.0, 3.0], [0.4, -0.6, 0.9]])  # mean size 1
     assert absmean(w).weight.tolist() == [[0, -1, 1], [0, -1, 1]]

@@ -400,6 +400,36 @@ def test_pairs_and_their_equalisation(name: str, pairs: list[tuple[str, str]]) -
         torch.testing.assert_close(*ranges, rtol=1e-3, atol=0)
 
 
+class Repeated(nn.Module):
+    """One layer and one norm, each used twice, and a layer of its own behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.layer(x)))
+        return self.last(torch.relu(self.layer(self.norm(x))))
+
+
+def test_what_is_used_twice_is_neither_folded_nor_scaled() -> None:
+    torch.manual_seed(0)
+    model, x = Repeated().double(), 10 * normal(50, 4).double()
+    model(x)  # the norm sees something
+    model.eval()
+    folded = fold_batch_norm(model)
+    assert isinstance(folded.norm, nn.BatchNorm1d)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert equalisable_pairs(model) == []
+    torch.testing.assert_close(equalise(model)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_without_statistics_stays() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    folded, x = fold_batch_norm(model), normal(9, 4).float()
+    torch.testing.assert_close(folded(x), model(x))
+
+
 def test_a_pair_by_hand_and_channels_of_zeros() -> None:
     first, second = nn.Linear(2, 3).double(), nn.Linear(3, 2).double()
     first.weight.data = torch.tensor([[8.0, -2], [0.5, 0.5], [0, 0]]).double()

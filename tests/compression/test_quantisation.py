@@ -174,6 +174,13 @@ def test_weights_group_by_group(grid: Grid, granularity: Any) -> None:
     assert (found.integers.min() >= grid.low) & (found.integers.max() <= grid.high)
 
 
+def test_a_half_precision_weight_is_rounded_once() -> None:
+    found = quantise_weight(normal(16, 40).half(), Grid(8))
+    exact = (found.integers.double() - found.zeros) * found.scales.double()
+    assert torch.equal(found.dequantise(), exact.half())
+    assert found.dequantise().dtype is torch.float16
+
+
 def test_each_weight_is_off_by_half_a_step_at_most() -> None:
     w = normal(10, 96)
     for granularity in ("tensor", "channel", 32):

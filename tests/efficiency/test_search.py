@@ -113,6 +113,17 @@ def test_the_ranks_by_brute_force(seed: int) -> None:
     assert s.ranks([]) == []
 
 
+def test_infinite_errors_are_the_worst_and_nan_is_refused() -> None:
+    inf = math.inf
+    given = [(1.0, inf), (2.0, 0.5), (3.0, inf), (inf, inf), (1.0, inf)]
+    assert set(s.pareto_front(given)) == front_by_force(given) == {0, 4, 1}
+    assert s.ranks(given) == [0, 0, 1, 2, 0]
+    assert s.ranks([(1.0, inf)]) == [0]
+    assert not any(math.isnan(found) for found in s.crowding(given))
+    with pytest.raises(ValueError, match=r"points=\(1.0, nan\): must be no NaN"):
+        s.ranks([(1.0, math.nan), (1.0, 2.0)])
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_hypervolume_by_counting_squares(seed: int) -> None:
     """On a grid of whole numbers the area is a number of squares."""

@@ -101,6 +101,20 @@ def test_the_lowest_threshold_that_is_good_enough(rounded: bool) -> None:
         fusion.threshold_for_accuracy(first, second, LABELS, 1.0)
 
 
+@pytest.mark.parametrize("confidence", [fusion.max_probability, fusion.margin, fusion.negative_entropy])
+def test_a_cascade_of_that_threshold_is_as_accurate_as_asked(confidence: fusion.Confidence) -> None:
+    """Also in float32, where one more softmax moves a confidence by a bit, and one example by a network."""
+    first, second, labels = normal(500, 4).float(), 3 * normal(500, 4, seed=1).float(), torch.arange(500) % 4
+    second[range(500), labels] += 5
+    both = fusion.mean_probability(torch.stack([first, second]))
+    for target in (0.3, 0.4, 0.5):
+        threshold = fusion.threshold_for_accuracy(first, both, labels, target, confidence=confidence)
+        answers = fusion.cascaded(torch.stack([first, second]), [threshold], confidence=confidence)
+        assert (answers.log_q.argmax(1) == labels).double().mean() >= target
+        said = fusion.mean_probability(first[None]).log_softmax(1)
+        assert threshold in confidence(said).tolist(), "not to the last bit what the cascade hears"
+
+
 def test_a_grid_of_thresholds_for_several() -> None:
     costs = [1.0, 5.0, 20.0]
     found = fusion.thresholds_for_accuracy(LOGITS, LABELS, costs, 0.6, levels=6)

@@ -136,6 +136,14 @@ def test_dropout_goes_on_in_evaluation_and_all_else_rests() -> None:
     assert int(model[0].num_batches_tracked) == 1
 
 
+def test_dropout_of_a_frozen_network_goes_on_too() -> None:
+    model = freeze(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 4)).double())
+    sampled, x = fusion.MonteCarloDropout(model, samples=4).eval(), batch(5)
+    found = sampled.each(x)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(model.train()(x), model(x)), "it is not frozen any more"
+
+
 def test_many_samples_come_near_the_mean_over_all_masks() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 3)).double()
     sampled, x = fusion.MonteCarloDropout(model, samples=4000).eval(), torch.tensor([[1.0, -2]], dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 
 from course_lib.lab import exercises, progress_file
 from course_lib.lab.exercises import Outcome, check, progress
-from course_lib.lab.judging import Design, OpenProject, Wrong, call, expect_close
+from course_lib.lab.judging import Design, OfThisAnswer, OpenProject, Wrong, call, expect_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 
@@ -32,6 +32,11 @@ def named(answer):
 
 def tenth(answer):
     """The tenth."""
+
+
+def nearest(answer):
+    """Name seven."""
+    raise Wrong("not seven", hint=[OfThisAnswer(f"You are off by {7 - answer}."), "Later."])
 
 
 def other(answer):
@@ -88,6 +93,11 @@ def test_wrong_gets_the_next_hint_each_time_and_then_keeps_the_last():
     assert repr(found) == (
         "✗ Exercise 03.1 not yet right: the double is not right: the largest difference is 3 Hint: Three."
     )
+
+
+def test_hints_with_the_answers_own_numbers_are_one_list(monkeypatch):
+    monkeypatch.setattr(sys.modules["fake_checks.chapter_07"], "exercise_2", nearest, raising=False)
+    assert [check("07.2", number).hint for number in (2, 4, 5)] == ["You are off by 5.", "Later.", "Later."]
 
 
 def test_another_mistake_starts_with_its_own_first_hint():

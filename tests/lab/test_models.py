@@ -14,6 +14,7 @@ from course_lib.lab.models import (
     BasicBlock,
     EncoderBlock,
     Network,
+    as_in_training,
     convnet,
     freeze,
     mlp,
@@ -325,6 +326,16 @@ def test_frozen_dropout_lets_all_through_until_it_is_thawed() -> None:
     assert torch.equal(net(x), x)
     thaw(net).train()
     assert not torch.equal(net(x), x)
+
+
+def test_frozen_parts_compute_as_in_training_for_a_while() -> None:
+    layer, seen = freeze(nn.Dropout(0.5)), []
+    layer.register_forward_pre_hook(lambda part, _: seen.append(part.training))
+    x = torch.ones(1000)
+    with as_in_training([layer]):
+        assert not torch.equal(layer(x), x)
+    assert torch.equal(layer.train()(x), x)
+    assert seen == [True, False]
 
 
 def test_freezing_leaves_the_hooks_of_others_alone() -> None:

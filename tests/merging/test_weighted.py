@@ -138,6 +138,17 @@ def test_a_regression_mean_is_least_squares(rows: int) -> None:
     close(found, mean + torch.from_numpy(solved).mT, 1e-8)
 
 
+def test_inner_products_of_float32_can_be_inverted() -> None:
+    """Inputs with a mean far from 0: their products are nearly of rank one, and float32 would lose the rest."""
+    layer, inputs = nn.Linear(6, 3), 100 + normal(400, 6).float()
+    held = Split(inputs, torch.zeros(400, dtype=torch.long), (0.0,) * 6, (1.0,) * 6)
+    found = merging.inner_products(layer, held)
+    assert found[""].dtype is torch.float64
+    close(found[""], inputs.double().mT @ inputs.double(), 1e-6)
+    merged = merging.regmean([layer, layer], [found, found], alpha=1.0)
+    close(merged.weight.detach(), layer.weight.detach(), 1e-5)
+
+
 def test_alpha_shrinks_what_lies_beside_the_diagonal() -> None:
     x, ws = [normal(20, 4, seed=s) for s in range(2)], [normal(3, 4, seed=5 + s) for s in range(2)]
     grams = [rows.mT @ rows for rows in x]

@@ -72,3 +72,13 @@ def refuse_other_stages() -> str:
         except ValueError as error:
             return str(error)
     return "accepted"
+
+
+def refuse_shared() -> str:
+    layer = nn.Linear(2, 2)
+    with process_group() as world:
+        try:
+            Pipeline([layer, layer], gpipe(2, 2), world, torch.zeros(1, 2))
+        except ValueError as error:
+            return str(error)
+    return "accepted"

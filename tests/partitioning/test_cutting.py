@@ -142,6 +142,8 @@ def test_a_chain_keeps_blocks_whole() -> None:
     names = [name for name, _ in cutting.chain(network("resnet"))]
     assert names == ["stem", "stages.0.0", "stages.1.0", "stages.1.1", "pool", "head"]
     assert [name for name, _ in cutting.chain(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))] == ["0", "1"]
+    twice = nn.ReLU()
+    assert [layer for _, layer in cutting.chain(nn.Sequential(twice, nn.Linear(2, 2), twice))][::2] == [twice, twice]
     with pytest.raises(ValueError, match="model is a Bilinear"):
         cutting.chain(nn.Bilinear(2, 2, 2))
 

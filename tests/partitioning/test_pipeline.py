@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from course_lib.lab.training import cross_entropy
 from course_lib.parallel.data_parallel_runs import Run, relative_difference, train_alone
 from course_lib.parallel.launching import RankFailed, World, launch, process_group
 from course_lib.partitioning import pipelined_runs
-from course_lib.partitioning.late_weights import late_weights
+from course_lib.partitioning.late_weights import in_time, late_weights
 from course_lib.partitioning.pipeline import Pipeline
 from course_lib.partitioning.pipelined_runs import (
     PipelinedRun,
@@ -186,6 +187,17 @@ def test_late_gradients_are_the_gradients(network: nn.Module) -> None:
         torch.testing.assert_close(ours.grad, times * theirs.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_in_time_again(network: nn.Module) -> None:
+    x = torch.randn(7, 2, 8, 8, dtype=torch.float64)
+    expected, late = copy.deepcopy(network), copy.deepcopy(network)
+    late_weights(late)
+    in_time(late)
+    for model in (expected, late):
+        model(x).square().sum().backward()
+    for ours, theirs in zip(late.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_frozen_weights_get_none(network: nn.Module) -> None:
     products = late_weights(network.requires_grad_(False))
     x = torch.randn(2, 2, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -216,6 +228,53 @@ def test_a_pipeline_of_one(network: nn.Module, make: Any) -> None:
     for ours, theirs in zip(pipeline.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
     assert pipeline.saved.now == 0 < pipeline.saved.peak
+
+
+def test_pipelines_of_one_network_do_not_disturb_each_other(network: nn.Module) -> None:
+    """Nor the network's own training: the layers keep nothing of a schedule whose halves come late."""
+    network.eval()
+    x, y = torch.randn(9, 2, 8, 8, dtype=torch.float64), torch.randint(3, (9,))
+    expected = copy.deepcopy(network)
+    cross_entropy(expected, x, y).backward()
+    alone = World(0, 1, torch.device("cpu"))
+    pipelines = [Pipeline([network], make(1, 4), alone, x) for make in (zero_bubble, gpipe, zero_bubble)]
+    for work in [*(partial(each.step, x, y) for each in pipelines), lambda: cross_entropy(network, x, y).backward()]:
+        network.zero_grad()
+        work()
+        for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [gpipe, zero_bubble])
+def test_inputs_may_be_integers(make: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 3))
+    x, y = torch.randint(11, (7, 5)), torch.randint(3, (7,))
+    expected = copy.deepcopy(network)
+    loss = cross_entropy(expected, x, y)
+    loss.backward()
+    stages = [network[:1], network[1:]]
+    schedule = interleaved(1, 4, 2) if make is gpipe else zero_bubble(1, 4)
+    stages = stages if schedule.stages == 2 else [network]
+    pipeline = Pipeline(stages, schedule, World(0, 1, torch.device("cpu")), x)
+    torch.testing.assert_close(pipeline.step(x, y), loss.detach())
+    for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_stages_that_share_a_parameter_must_be_one_ranks() -> None:
+    assert (
+        "stages: number 1 has 'weight', a parameter of number 0 as well"
+        in launch(ranks.refuse_shared, 2, timeout=PATIENCE)[0]
+    )
+    layer, x, y = nn.Linear(3, 3), torch.randn(4, 3), torch.randint(3, (4,))
+    pipeline = Pipeline([layer, layer], interleaved(1, 2, 2), World(0, 1, torch.device("cpu")), x)
+    assert len(pipeline.parameters()) == 2
+    pipeline.step(x, y)
+    found = layer.weight.grad
+    layer.zero_grad()
+    cross_entropy(nn.Sequential(layer, layer), x, y).backward()
+    torch.testing.assert_close(found, layer.weight.grad)
 
 
 def test_saved_counts_memory_once() -> None:

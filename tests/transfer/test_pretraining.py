@@ -212,6 +212,14 @@ def test_the_loss_is_of_hidden_patches_alone() -> None:
     close(found, torch.stack(squares).mean())
 
 
+def test_it_trains_under_autocast() -> None:
+    model = autoencoder().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = transfer.masked_patches(model, X.float(), NONE)
+    loss.backward()
+    assert all(p.grad is not None for p in model.network.blocks.parameters())
+
+
 def test_the_encoder_works_on_what_is_seen() -> None:
     model, seen = autoencoder(), []
     model.network.blocks[0].register_forward_hook(lambda part, inputs, output: seen.append(output.shape))

@@ -24,12 +24,18 @@ def matrix_of(projection: nn.Module, dimension: int) -> torch.Tensor:
     return torch.stack([projection(row) for row in torch.eye(dimension, dtype=torch.float64)], 1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 64])
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 128])
 def test_the_transform_is_hadamards_matrix(size: int) -> None:
     x = normal(3, size)
     close(transfer.walsh_hadamard(x), x @ torch.from_numpy(hadamard(size).astype(float)), 1e-12)
     y = normal(size).requires_grad_()
     assert torch.autograd.gradcheck(transfer.walsh_hadamard, y)
+
+
+def test_the_transform_of_many_numbers() -> None:
+    x = normal(8192)  # 64 * 64 * 2: more than two steps
+    close(transfer.walsh_hadamard(x), torch.from_numpy(hadamard(8192)).double() @ x, 1e-10)
+    close(transfer.walsh_hadamard(x.view(2, 4096))[1], torch.from_numpy(hadamard(4096)).double() @ x[4096:], 1e-10)
 
 
 def test_dense_columns_have_norm_one() -> None:
