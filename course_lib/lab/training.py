@@ -219,7 +219,7 @@ class Diverged(RuntimeError):
 
 
 def logits_of(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor:
-    """The model's outputs ``[N, K]`` on a split, in evaluation mode and without gradients.
+    """The model's outputs ``[N, K]`` on a split, in evaluation mode and without gradients, where the labels lie.
 
     The network may be anything that is called like one; without a weight of its own it computes in float32, where the
     split lies.
@@ -231,7 +231,8 @@ def logits_of(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tens
     require("split", split, lambda s: len(s) > 0, "of at least one example")
     with _evaluating(model), torch.no_grad():
         where, dtype = _home(model, split)
-        return torch.cat([model(x) for x, _ in batches(split.to(where), batch_size, dtype=dtype)])
+        found = torch.cat([model(x) for x, _ in batches(split.to(where), batch_size, dtype=dtype)])
+    return found.to(split.labels.device)
 
 
 def evaluate(

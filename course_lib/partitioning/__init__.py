@@ -12,6 +12,7 @@ Pipeline                    executes such a table on several ranks            to
 tensor_parallel             every matrix shared out, and the tokens too       Shoeybi et al. 2019, arXiv:1909.08053;
                                                                               Korthikanti et al. 2022, arXiv:2205.05198
 expert_parallel             experts on different ranks                        Lepikhin et al. 2020, arXiv:2006.16668
+Restart                     parts of a checkpoint, and ranks that die         –
 train_split, leak           a client has the images, a server the rest        Gupta & Raskar 2018, arXiv:1810.06060
 WithExits, answer_early     easy examples leave early                         Teerapittayanon et al. 2016,
                                                                               arXiv:1709.01686
@@ -172,6 +173,9 @@ from course_lib.partitioning.planning import (
     step_time,
     why_not,
 )
+from course_lib.partitioning.restarting import (
+    Restart,
+)
 from course_lib.partitioning.saved import (
     Saved,
 )
@@ -259,6 +263,7 @@ __all__ = [
     "Product",
     "Profile",
     "Published",
+    "Restart",
     "Routes",
     "RowParallelLinear",
     "Saved",

@@ -49,6 +49,7 @@ from course_lib.partitioning.collectives import (
     count_collective,
     equal_part,
 )
+from course_lib.partitioning.restarting import Restart
 from course_lib.partitioning.tensor_parallel_runs import (
     digit_vit,
 )
@@ -442,10 +443,12 @@ class ExpertRun(Run):
     ----------
     asked : ``[steps, E]``, how many choices fell on each expert.
     dropped : ``[steps]``, the share of choices that found no slot.
+    started_at : the step at which it began: not 0 where it went on from a checkpoint.
     """
 
     asked: Tensor
     dropped: list[float]
+    started_at: int
 
 
 def sparse_vit(
@@ -490,29 +493,35 @@ def _drawn(part: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def train_groups_alone(groups: int, **settings: Any) -> ExpertRun:
     """Train with all experts in this process, every batch in so many groups. Settings: `train_expert_parallel`."""
-    return _train(lambda model: model, World(0, 1, torch.device("cpu")), groups, **settings)
+    return _train(lambda model: model, World(0, 1, torch.device("cpu")), groups, Restart(), **settings)
 
 
-def train_expert_parallel(**settings: Any) -> ExpertRun:
+def train_expert_parallel(
+    *,
+    restart: Restart = Restart(),  # noqa: B008  # frozen
+    **settings: Any,
+) -> ExpertRun:
     """Train a ``vit`` with a layer of experts on the digits in float64; to be run by ``launch``.
 
     Every rank has a share of the batch and of the experts; all return the same.
 
     Parameters
     ----------
+    restart : a folder of checkpoints, each rank's experts by themselves.
     settings : ``steps`` (10), ``batch_size`` of all ranks together (61, so that shares are uneven), ``examples`` of the
         training split that are used (249, so that the last batch of an epoch has 5), ``strength`` of the balance loss
         (0.01), ``lr``, ``momentum``, ``seed``; ``experts`` (4), ``top_k``, ``capacity_factor``, ``block``; and the
         network's ``width``, ``depth``, ``heads``.
     """
     with process_group() as world:
-        return _train(expert_parallel, world, world.size, **settings)
+        return _train(expert_parallel, world, world.size, restart, **settings)
 
 
 def _train(
     share_out: Callable[[nn.Module], nn.Module],
     world: World,
     groups: int,
+    restart: Restart,
     *,
     steps: int = 10,
     batch_size: int = 61,
@@ -533,19 +542,24 @@ def _train(
     whole = sparse_vit(dense, groups=groups, generator=torch.Generator().manual_seed(seed), **mixture)
     model = share_out(whole)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-    some = data.train.subset(torch.arange(examples))
-    counts = []
-    for x, y in itertools.islice(endless_batches(some, batch_size, seed), steps):
+    some, own = data.train.subset(torch.arange(examples)), dict(model.state_dict(keep_vars=True))
+    counts: list[Tensor] = restart.history(world, own, optimizer)
+    started_at = len(counts)
+    coming = itertools.islice(endless_batches(some, batch_size, seed), started_at, steps)
+    for step, (x, y) in enumerate(coming, started_at):
+        restart.before(step, world)
         optimizer.zero_grad()
         share = shard(x, y, world.rank, world.size)
         counts.append(_gradient(model, *share, len(y), strength))
         optimizer.step()
+        restart.after(world, own, optimizer, counts)
     # Evaluated in one piece and in as many groups: in others, other tokens would be dropped.
     whole.load_state_dict(whole_expert_state(model))
     weights = {name: tensor.detach().cpu().clone() for name, tensor in whole.state_dict().items()}
     losses, kept, asked = _over_ranks(torch.stack(counts)).cpu().tensor_split([1, 2], dim=1)
     dropped = 1 - kept[:, 0] / asked.sum(1)
-    return ExpertRun(weights, losses[:, 0].tolist(), evaluate(whole, data.val).accuracy, asked.long(), dropped.tolist())
+    accuracy = evaluate(whole, data.val).accuracy
+    return ExpertRun(weights, losses[:, 0].tolist(), accuracy, asked.long(), dropped.tolist(), started_at)
 
 
 def _gradient(model: nn.Module, x: Tensor, y: Tensor, total: int, strength: float) -> Tensor:

@@ -18,8 +18,6 @@ name                       what it does
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +39,7 @@ from course_lib.parallel.launching import World, process_group
 from course_lib.partitioning.cutting import balanced_cuts, chain, flop_costs
 from course_lib.partitioning.late_weights import Later, Product
 from course_lib.partitioning.pipeline import Pipeline
+from course_lib.partitioning.restarting import Restart
 from course_lib.partitioning.saved import Saved
 from course_lib.partitioning.schedules import Costs, Kind, Schedule, Span, Task, Timeline, in_flight, one_f_one_b
 
@@ -103,7 +102,7 @@ def train_pipelined(
         finds one goes on from it, and ends with the same weights as if nothing had happened.
     kill_rank, kill_at : this rank kills itself before that step, counted from 0.
     """
-    at_least(1, steps=steps, every=every, micro_batches=micro_batches)
+    at_least(1, steps=steps, micro_batches=micro_batches)
     with process_group() as world:
         data = load("digits").to(world.device)
         model = replica(network, data.input_shape, len(data.classes), seed=seed).to(world.device)
@@ -113,21 +112,20 @@ def train_pipelined(
         own = {id(t) for stage in pipeline.stages.values() for t in stage.state_dict(keep_vars=True).values()}
         weights = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) in own}
         optimizer = torch.optim.SGD(pipeline.parameters(), lr=lr, momentum=momentum)
-        losses: list[float] = load_shard(checkpoint, world, weights, optimizer) if checkpoint else []
+        restart = Restart(checkpoint, every, kill_rank, kill_at)
+        losses: list[float] = restart.history(world, weights, optimizer)
         started_at = len(losses)
         some = data.train.subset(torch.arange(examples))
         coming = itertools.islice(endless_batches(some, batch_size, seed), started_at, steps)
         with traffic() as sent:
             for step, (x, y) in enumerate(coming, started_at):
-                if world.rank == kill_rank and step == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)  # as when memory runs out: no handler, nothing flushed
+                restart.before(step, world)
                 optimizer.zero_grad()
                 loss = pipeline.step(x, y)
                 optimizer.step()
                 dist.all_reduce(loss)  # only the last stage's rank knows it; the others add 0
                 losses.append(loss.item())
-                if checkpoint and (step + 1) % every == 0:
-                    save_shard(checkpoint, world, weights, optimizer, losses)
+                restart.after(world, weights, optimizer, losses)
         whole = gathered({name: t.detach().cpu() for name, t in weights.items()})
         model.load_state_dict(whole)
         accuracy = evaluate(model, data.val).accuracy
@@ -166,59 +164,6 @@ def train_in_pieces(
         optimizer.step()
         losses.append(sum(part.item() for part in parts))
     return Run({name: t.clone() for name, t in model.state_dict().items()}, losses, evaluate(model, data.val).accuracy)
-
-
-# --- A checkpoint in shards -------------------------------------------------------------------------------------------
-
-
-def save_shard(
-    folder: str | Path, world: World, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
-) -> None:
-    """Write this rank's part; it counts once all have written theirs, and only then the one before is removed.
-
-    A rank that dies in between leaves a shard that nobody will read: the file ``latest`` still names the step before.
-    """
-    from course_lib.parallel.resuming import save_atomically  # a script too: python -m warns of one imported before
-
-    folder, step = Path(folder), len(losses)
-    state = {"weights": weights, "optimizer": optimizer.state_dict(), "losses": losses}
-    save_atomically(state, _shard(folder, step, world.rank))
-    dist.barrier()  # all shards of this step are on the disk
-    if world.rank == 0:
-        save_atomically({"step": step, "ranks": world.size}, folder / "latest")
-    dist.barrier()  # and all know it
-    for old in folder.glob(f"step-*-rank-{world.rank}.pt"):
-        if old != _shard(folder, step, world.rank):
-            old.unlink()
-
-
-def load_shard(
-    folder: str | Path, world: World, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> list[float]:
-    """Take up this rank's part of the newest checkpoint, if there is one; return the losses so far.
-
-    Raises
-    ------
-    ValueError : the checkpoint was written by another number of ranks, or for other stages.
-    """
-    folder = Path(folder)
-    if not (folder / "latest").exists():
-        return []
-    latest = torch.load(folder / "latest")
-    if latest["ranks"] != world.size:
-        raise ValueError(f"checkpoint={str(folder)!r} has {latest['ranks']} ranks: must be read by as many")
-    state = torch.load(_shard(folder, latest["step"], world.rank), map_location=world.device)
-    if state["weights"].keys() != weights.keys():
-        raise ValueError(f"checkpoint={str(folder)!r} has other stages: must be read with the same network and cuts")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])
-
-
-def _shard(folder: Path, step: int, rank: int) -> Path:
-    return folder / f"step-{step:06d}-rank-{rank}.pt"
 
 
 # --- torch's engine ---------------------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ from course_lib.lab.models import Attention, EncoderBlock, ViT, vit
 from course_lib.lab.training import Recipe, cross_entropy, evaluate, fresh
 from course_lib.parallel.collectives import ring_bytes
 from course_lib.parallel.data_parallel_runs import Run, endless_batches
-from course_lib.parallel.launching import process_group
+from course_lib.parallel.launching import World, process_group
 from course_lib.partitioning.collectives import (
     communication,
 )
+from course_lib.partitioning.restarting import Restart
 from course_lib.partitioning.saved import Saved
 from course_lib.partitioning.tensor_parallel import (
     SharedLayerNorm,
@@ -146,10 +147,23 @@ def digit_vit(*, width: int = 32, depth: int = 2, heads: int = 4, seed: int = 0)
 
 def train_vit_alone(**settings: Any) -> Run:
     """Train the ``vit`` in this process, in one piece. Settings as in `train_tensor_parallel`."""
-    return _train(lambda model: model, torch.device("cpu"), **settings)
+    return _train(lambda model: model, World(0, 1, torch.device("cpu")), Restart(), **settings)
 
 
-def train_tensor_parallel(*, sequence: bool = False, gather_twice: bool = False, **settings: Any) -> Run:
+@dataclass(frozen=True)
+class TensorRun(Run):
+    """A run, and the step at which it began: not 0 where it went on from a checkpoint."""
+
+    started_at: int
+
+
+def train_tensor_parallel(
+    *,
+    sequence: bool = False,
+    gather_twice: bool = False,
+    restart: Restart = Restart(),  # noqa: B008  # frozen
+    **settings: Any,
+) -> TensorRun:
     """Train the ``vit`` on the digits in float64, its layers shared out; to be run by ``launch``.
 
     All ranks see the whole batch, and return the same.
@@ -157,17 +171,20 @@ def train_tensor_parallel(*, sequence: bool = False, gather_twice: bool = False,
     Parameters
     ----------
     sequence, gather_twice : as in `tensor_parallel`.
+    restart : a folder of checkpoints, each rank's part of the matrices by itself.
     settings : ``steps`` (10), ``batch_size`` (61), ``examples`` of the training split that are used (249, so that the
         last batch of an epoch has 5), ``lr``, ``momentum``, ``seed``, and the network's ``width``, ``depth``,
         ``heads``.
     """
     with process_group() as world:
-        return _train(partial(tensor_parallel, sequence=sequence, gather_twice=gather_twice), world.device, **settings)
+        share_out = partial(tensor_parallel, sequence=sequence, gather_twice=gather_twice)
+        return _train(share_out, world, restart, **settings)
 
 
 def _train(
     share_out: Callable[[nn.Module], nn.Module],
-    device: torch.device,
+    world: World,
+    restart: Restart,
     *,
     steps: int = 10,
     batch_size: int = 61,
@@ -176,20 +193,26 @@ def _train(
     momentum: float = 0.9,
     seed: int = 0,
     **network: int,
-) -> Run:
+) -> TensorRun:
     at_least(1, steps=steps)
-    data = load("digits").to(device)
-    model = share_out(digit_vit(seed=seed, **network).to(device))
+    data = load("digits").to(world.device)
+    model = share_out(digit_vit(seed=seed, **network).to(world.device))
+    weights = dict(model.state_dict(keep_vars=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     some = data.train.subset(torch.arange(examples))
-    losses = []
-    for x, y in itertools.islice(endless_batches(some, batch_size, seed), steps):
+    losses: list[Tensor] = restart.history(world, weights, optimizer)
+    started_at = len(losses)
+    coming = itertools.islice(endless_batches(some, batch_size, seed), started_at, steps)
+    for step, (x, y) in enumerate(coming, started_at):
+        restart.before(step, world)
         optimizer.zero_grad()
         loss = cross_entropy(model, x, y)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    return Run(whole_state(model), torch.stack(losses).tolist(), evaluate(model, data.val).accuracy)
+        restart.after(world, weights, optimizer, losses)
+    accuracy = evaluate(model, data.val).accuracy
+    return TensorRun(whole_state(model), torch.stack(losses).tolist(), accuracy, started_at)
 
 
 # --- The library that practitioners use -------------------------------------------------------------------------------

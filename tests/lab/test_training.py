@@ -418,6 +418,12 @@ def test_an_ensemble_without_weights_of_its_own_is_evaluated():
     assert evaluate(ensemble, data.test).accuracy == pytest.approx(right)
 
 
+@pytest.mark.gpu
+def test_logits_from_a_gpu_lie_beside_the_labels():
+    data = blobs()
+    assert logits_of(network().cuda(), data.test).device == data.test.labels.device
+
+
 def test_logits_of_a_split_come_in_its_order_and_whole():
     model, data = network().double(), blobs()
     x, _ = next(batches(data.test, len(data.test), dtype=torch.float64))

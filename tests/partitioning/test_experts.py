@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from course_lib.merging import experts as merging_experts
 from course_lib.parallel.data_parallel_runs import relative_difference
-from course_lib.parallel.launching import launch, process_group
+from course_lib.parallel.launching import RankFailed, launch, process_group
 from course_lib.partitioning import experts as ex
+from course_lib.partitioning.restarting import Restart
 from course_lib.partitioning.tensor_parallel_runs import (
     digit_vit,
 )
@@ -276,6 +279,19 @@ def test_the_copy_is_new_and_the_original_as_it_was() -> None:
     assert not torch.equal(weights[0], weights[1])
     assert weights[0].std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert layer.router.weight.dtype == torch.float64
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 5, "timeout": PATIENCE}
+    whole = launch(ex.train_expert_parallel, 2, **settings)[0]
+    restart = Restart(tmp_path, every=2)
+    with pytest.raises(RankFailed, match="rank 1 of 2 was killed"):
+        launch(ex.train_expert_parallel, 2, restart=replace(restart, kill_rank=1, kill_at=3), **settings)
+    for run in launch(ex.train_expert_parallel, 2, restart=restart, **settings):
+        assert (whole.started_at, run.started_at) == (0, 2)
+        assert run.losses == whole.losses
+        assert torch.equal(run.asked, whole.asked)
+        assert all(torch.equal(run.weights[name], weight) for name, weight in whole.weights.items())
 
 
 @pytest.mark.gpu

@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert launch(train_pipelined, 2, "vit", **again)[0].losses == whole.losses
     with pytest.raises(RankFailed, match="has 2 ranks: must be read by as many"):
         launch(train_pipelined, 1, "vit", **again)
-    with pytest.raises(RankFailed, match="has other stages"):
+    with pytest.raises(RankFailed, match="has other parts"):
         launch(train_pipelined, 2, "mlp", **again)
 
 

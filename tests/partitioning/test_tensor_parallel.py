@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ from torch import nn
 
 from course_lib.lab.models import convnet, mlp, vit
 from course_lib.parallel.data_parallel_runs import Run, relative_difference
-from course_lib.parallel.launching import launch, process_group
+from course_lib.parallel.launching import RankFailed, launch, process_group
 from course_lib.partitioning.collectives import (
     part_sizes,
 )
+from course_lib.partitioning.restarting import Restart
 from course_lib.partitioning.tensor_parallel import (
     layer_activations,
     layer_bytes,
@@ -144,6 +147,18 @@ def test_torch_counts_as_many_collectives(trained: Any) -> None:
     for counts in trained[3]:
         # two blocks: 4 all-reduces each; or 4 all-gathers, 4 reduce-scatters, 6 vectors each, and 2 at the ends
         assert counts == {"tensor": (8, 8), "sequence": (30, 30), "sequence, gathered twice": (34, 34)}
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sequence": True, "steps": 5, "timeout": PATIENCE}
+    whole = launch(train_tensor_parallel, 2, **settings)[0]
+    restart = Restart(tmp_path, every=2)
+    with pytest.raises(RankFailed, match="rank 1 of 2 was killed"):
+        launch(train_tensor_parallel, 2, restart=replace(restart, kill_rank=1, kill_at=3), **settings)
+    for run in launch(train_tensor_parallel, 2, restart=restart, **settings):
+        assert (whole.started_at, run.started_at) == (0, 2)
+        assert run.losses == whole.losses
+        assert all(torch.equal(run.weights[name], weight) for name, weight in whole.weights.items())
 
 
 @pytest.mark.gpu
