@@ -616,7 +616,7 @@ def measure_expert_parallel(
             mixture = {"experts": experts, "top_k": top_k, "capacity_factor": factor, "strength": strength}
             usual = {"steps": steps, "batch_size": batch_size, "examples": 4 * batch_size, "width": width}
             with communication() as count:
-                run = _train(expert_parallel, world, world.size, **(usual | mixture | settings))
+                run = _train(expert_parallel, world, world.size, Restart(), **(usual | mixture | settings))
             expected = exchange_bytes(tokens, width, experts, world.size, top_k=top_k, factor=factor, itemsize=8)
             late = slice(steps // 2, None)
             rows.append(
