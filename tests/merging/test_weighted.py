@@ -140,13 +140,16 @@ def test_a_regression_mean_is_least_squares(rows: int) -> None:
 
 def test_inner_products_of_float32_can_be_inverted() -> None:
     """Inputs with a mean far from 0: their products are nearly of rank one, and float32 would lose the rest."""
-    layer, inputs = nn.Linear(6, 3), 100 + normal(400, 6).float()
-    held = Split(inputs, torch.zeros(400, dtype=torch.long), (0.0,) * 6, (1.0,) * 6)
-    found = merging.inner_products(layer, held)
-    assert found[""].dtype is torch.float64
-    close(found[""], inputs.double().mT @ inputs.double(), 1e-6)
-    merged = merging.regmean([layer, layer], [found, found], alpha=1.0)
-    close(merged.weight.detach(), layer.weight.detach(), 1e-5)
+    layers, inputs = [nn.Linear(6, 3) for _ in range(2)], [100 + normal(400, 6, seed=s).float() for s in range(2)]
+    held = [Split(rows, torch.zeros(400, dtype=torch.long), (0.0,) * 6, (1.0,) * 6) for rows in inputs]
+    products = [merging.inner_products(layer, part) for layer, part in zip(layers, held, strict=True)]
+    merged = merging.regmean(layers, products, alpha=1.0).weight.detach().double()
+    xs, ws = [rows.double() for rows in inputs], [layer.weight.detach().double() for layer in layers]
+    wanted = torch.cat([x @ w.mT for x, w in zip(xs, ws, strict=True)])
+    solved = torch.from_numpy(np.linalg.lstsq(torch.cat(xs).numpy(), wanted.numpy(), rcond=None)[0]).mT
+    close(merged, solved, 1e-4)
+    single = merging.regression_mean(ws, [(rows.mT @ rows).double() for rows in inputs])  # summed in float32
+    assert (single - solved).abs().max() > 1e-3, "float32 would do: the comparison says little"
 
 
 def test_alpha_shrinks_what_lies_beside_the_diagonal() -> None:
