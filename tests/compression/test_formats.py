@@ -224,7 +224,7 @@ def test_a_block_of_zeros_stays_zero_and_leaves_the_other_scales_alone() -> None
     with_zeros = torch.cat([w, torch.zeros(2, 64)])
     assert (nf4(with_zeros).weight[2:] == 0).all()
     exact = nf4(w, scale_block=None).weight  # a scale of 1 among those of 0.05 would coarsen the 8 bits of them all
-    torch.testing.assert_close(nf4(with_zeros).weight[:2], exact, rtol=0.004, atol=1e-9)
+    torch.testing.assert_close(nf4(with_zeros).weight[:2], exact, rtol=0.006, atol=1e-9)
 
 
 def test_the_best_ternary_in_half_precision() -> None:
