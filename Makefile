@@ -22,7 +22,7 @@ BROWSER ?= yes
 FIRST   := /lab/tree/notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run reset study frames bench docs docs-serve docs-archive class-setup class-release class-autograde class-feedback class-slides hub class-passwords class-publish class-load class-progress class-timings class-bundle class-test clean
+.PHONY: help lab test run reset study confirm frames bench docs docs-serve docs-archive class-setup class-release class-autograde class-feedback class-slides hub class-passwords class-publish class-load class-progress class-timings class-bundle class-test clean
 .SILENT:
 
 help:  ## list these targets
@@ -50,6 +50,9 @@ reset: $(STAMP)  ## give a chapter back as it was (NB=02); the edited one is kep
 
 study: $(STAMP)  ## run the recorded study of a chapter (NB=02), or go on with it
 	$(BIN)/python -m course_lib.lab.studies $(NB)
+
+confirm: $(STAMP)  ## after a change that is to leave a study's runs as they are: repeat some (NB=13 SINCE=HEAD)
+	$(BIN)/python -m course_lib.lab.confirming $(NB) $(if $(SINCE),--since $(SINCE))
 
 frames: $(STAMP)  ## draw the explorers' frames for the web site (NB=02), after `make run`
 	$(BIN)/python -m course_lib.proving.frames $(NB)

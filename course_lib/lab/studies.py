@@ -16,7 +16,8 @@ goes on with them. A notebook shows it with ``recorded("02", "mnist")``, an ordi
 ==============  =======================================================================================================
 
 With the rows stands where they came from: versions, processor, date, seconds, the checksum of the data. Each row holds
-the fingerprint of its arm (``fingerprints.py``); rows of other code, or of another declaration, are refused.
+the fingerprint of its arm (``fingerprints.py``); rows of other code, or of another declaration, are refused, until a
+repeated run has shown that the other code finds the same (``confirming.py``).
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def run_study(study: Study, file: Path, *, workers: int | None = None, progress:
     new = 0
     for jobs in (list(tuning_jobs(study)), None):
         jobs = list(final_jobs(study, book.rows)) if jobs is None else jobs
-        done = {_key(row) for row in book.rows if row["fingerprint"] == arm_fingerprint(study, _job(row))}
+        done = {_key(row) for row in book.rows if row["fingerprint"] == arm_fingerprint(study, job_of(row))}
         left = [job for job in jobs if job.key not in done]
         with tqdm(
             total=len(jobs), initial=len(jobs) - len(left), disable=not show, desc=f"study {study.chapter}"
@@ -335,7 +336,10 @@ def _data(chapter: str, part: str, make: Callable[[], Dataset]) -> Dataset:
 
 
 class Book:
-    """The rows of a study, one JSON line each, the sessions that made them among them.
+    """The rows of a study, one JSON line each; among them the sessions that made them, and what was confirmed since.
+
+    A row has the fingerprint of the code that made it, or the newest that was confirmed to find the same
+    (``confirming.py``).
 
     A line is written whole and forced to disk. A kill can leave half a line at the end, which is cut off when the book
     is opened to write; any other line that cannot be read is an error.
@@ -354,12 +358,16 @@ class Book:
                 stream.truncate(len(whole))
         self.rows: list[dict[str, Any]] = []
         self.sessions: list[dict[str, Any]] = []
+        self.confirmations: list[dict[str, Any]] = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
             except ValueError as error:
                 raise StudyOutdated(f"{file.name}, line {number}, cannot be read: {error}") from None
-            (self.sessions if "session" in entry else self.rows).append(entry)
+            held = self.sessions if "session" in entry else self.confirmations if "confirmed" in entry else self.rows
+            held.append(entry)
+        for entry in self.confirmations:  # in the order in which they came: code may change back, too
+            self._believe(entry)
 
     def open_session(self, study: Study, workers: int) -> None:
         """Write down where the rows to come are made, if it is another place than that of the last ones."""
@@ -379,6 +387,17 @@ class Book:
         row = row | {"in": self.sessions[-1]["session"]}
         self._write(row)
         self.rows.append(row)
+
+    def confirm(self, entry: dict[str, Any]) -> None:
+        """Keep that the rows of one fingerprint are those of another, too: a run with either found the same."""
+        self._write(entry)
+        self.confirmations.append(entry)
+        self._believe(entry)
+
+    def _believe(self, entry: dict[str, Any]) -> None:
+        for row in self.rows:
+            if row["fingerprint"] == entry["confirmed"]:
+                row["fingerprint"] = entry["as"]
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -508,10 +527,11 @@ def _value(study: Study, job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return _job(row).key
+    return job_of(row).key
 
 
-def _job(row: Mapping[str, Any]) -> Job:
+def job_of(row: Mapping[str, Any]) -> Job:
+    """The run that a row tells of."""
     return Job(row["part"], row["arm"], row["candidate"], row["seed"], row["tuning"])
 
 

@@ -72,9 +72,10 @@ def with_adapters(model: nn.Module, width: int, *, generator: torch.Generator) -
 
     Raises
     ------
-    ValueError : ``width`` is below 1, or the network has no encoder block of the laboratory's ``vit``.
+    ValueError : ``width`` is below 1, or the network has no encoder block of the laboratory's ``vit``, or has adapters.
     """
     at_least(1, width=width)
+    _check_without("adapter", model)
     made = _frozen_but_head(model)
     blocks = [part for part in made.modules() if isinstance(part, EncoderBlock)]
     if not blocks:
@@ -100,8 +101,9 @@ def with_residual_adapters(model: nn.Module) -> nn.Module:
 
     Raises
     ------
-    ValueError : the network has no convolution larger than 1x1.
+    ValueError : the network has no convolution larger than 1x1, or has adapters.
     """
+    _check_without("adapter", model)
     made = _frozen_but_head(model)
     found = [part for part in made.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     if not found:
@@ -118,6 +120,15 @@ def with_residual_adapters(model: nn.Module) -> nn.Module:
         if isinstance(norm, _BatchNorm):
             thaw(norm)
     return made
+
+
+def _check_without(child: str, model: nn.Module) -> None:
+    """Of one name there can be one: a second would take the first one's place, and its hook would count twice."""
+    for name, part in model.named_modules():
+        if child in part._modules:
+            raise ValueError(
+                f"model has {child!r} in {name!r} already: must be merged(model), or without_adapters(model), first"
+            )
 
 
 # Hooks and not wrappers: the network's weights keep their names, and copies and pickles keep functions of a module
@@ -187,10 +198,12 @@ def lora(
 
     Raises
     ------
-    ValueError : ``rank`` is below 1, ``alpha`` not above 0, a pattern matches no layer, or a convolution has groups.
+    ValueError : ``rank`` is below 1, ``alpha`` not above 0, a pattern matches no layer, or a convolution has groups; or
+        the network has updates already.
     """
     at_least(1, rank=rank)
     check_positive(alpha=alpha)
+    _check_without("lora", model)
     made, head, like = _frozen_but_head(model), head_name(model), home(model)
     # exactly these classes: torch's attention reads the weights of its own kind of linear layer, and calls no hook
     layers = {n: part for n, part in made.named_modules() if type(part) in (nn.Linear, nn.Conv2d) and n != head}

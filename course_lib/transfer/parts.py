@@ -61,13 +61,19 @@ def bare(model: nn.Module) -> nn.Module:
 def head_name(model: nn.Module) -> str:
     """Return the name of the last linear layer: ``head`` of the laboratory's networks, ``fc`` or so of torchvision's.
 
+    Of a ``Wrapped`` network it is the network's own, not the last of what is around it.
+
     Raises
     ------
     ValueError : the network has no linear layer.
     """
-    if isinstance(getattr(model, "head", None), nn.Linear):
-        return "head"
+    if isinstance(model, Wrapped):
+        return f"network.{head_name(model.network)}"
+    head = getattr(model, "head", None)
     found = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    for name in found:
+        if model.get_submodule(name) is head:  # a prompted network's is a property, and lies in the network within
+            return name
     require("model", type(model).__name__, lambda _: bool(found), "a network whose last layer is linear")
     return found[-1]
 

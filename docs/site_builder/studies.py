@@ -45,6 +45,8 @@ class Found:
     rows: Sequence[Mapping[str, Any]]
     sessions: Sequence[Mapping[str, Any]]
     comparisons: Mapping[str, Recorded]
+    confirmed: int = 0
+    """Of how many arms the code has changed since, and a repeated run has shown that it finds the same."""
 
     @property
     def hours(self) -> float:
@@ -79,7 +81,8 @@ def found_of(study: Study, name: str, file: Path) -> Found:
         warnings.simplefilter("ignore", RuntimeWarning)
         comparisons = {of or "test accuracy": read(study, file, name, of) for of in numbers or [None]}
     used = {row["in"] for row in rows}
-    return Found(part, rows, [s for s in book.sessions if s["session"] in used], comparisons)
+    since = {entry["as"] for entry in book.confirmations} & {row["fingerprint"] for row in rows}
+    return Found(part, rows, [s for s in book.sessions if s["session"] in used], comparisons, len(since))
 
 
 # What was found
@@ -189,6 +192,8 @@ def provenance_cells(name: str, found: Found) -> list[str]:
     seeds = ", ".join(map(str, found.part.seeds))
     runs = f"{len(found.rows)}" + (f", of which {found.tuning} to choose" if found.tuning else "")
     agree = f"{found.fingerprints}, each that of the code as it stands" if found.comparisons else "of other code"
+    if found.confirmed:
+        agree += f" (after a change, one run of {found.confirmed} of the arms was repeated and found the same)"
     return [
         html.escape(inspect.getdoc(found.part.data) or ""),
         each(f"<code>{session['data'][name]}</code>" for session in found.sessions),

@@ -18,7 +18,7 @@ from sphinx.util.docutils import docutils_namespace
 
 from course_lib.lab import Claims
 from course_lib.lab.chapters import CHAPTERS, Chapter
-from course_lib.lab.studies import Part, Recorded, Study, StudyOutdated, declared, recorded, study_file
+from course_lib.lab.studies import Book, Part, Recorded, Study, StudyOutdated, declared, recorded, study_file
 from site_builder import collected, collecting, notebooks, studies
 from site_builder.notebooks import Reference
 from tests.docs.elements import Elements
@@ -285,6 +285,8 @@ def test_every_part_of_every_study_is_shown(ours: Built) -> None:
         parts = declared(chapter.nn).parts
         assert {f"study-{chapter.nn}-{name.replace('_', '-')}" for name in parts} <= sections
     assert "of other code" not in ours.html("studies")
+    repeated = [Book(study_file(chapter.nn), read_only=True).confirmations for chapter in WITH_STUDY]
+    assert ("was repeated and found the same" in ours.html("studies")) == any(repeated)
     assert len(page.all("details")) >= len(WITH_STUDY)
     downloads = [link["href"] for link in page.all("a") if link.get("href", "").endswith(".jsonl")]
     assert len(downloads) == len(WITH_STUDY)

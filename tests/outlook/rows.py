@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def rows(chapter):
     """All runs of a chapter's study."""
     lines = (ROOT / f"data/studies/chapter_{chapter}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "session" not in row]
+    return [row for row in map(json.loads, lines) if "seed" in row]
 
 
 def values(chapter, part, arm, of=None, *, seeds=range(5), candidate=None, tuning=False):

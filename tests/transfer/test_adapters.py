@@ -248,6 +248,18 @@ def test_bad_input_is_named() -> None:
         ("fits none of", lambda: transfer.lora(model, 1, 1, [], generator=draw)),
         ("must leave out '0', a convolution of 4 groups", lambda: transfer.lora(grouped, 1, 1, generator=draw)),
         ("rank=0: must be", lambda: transfer.rank_stabilised(1.0, 0)),
+        (
+            "model has 'lora' in 'embed' already",
+            lambda: transfer.lora(transfer.lora(model, 1, 1, generator=draw), 1, 1, generator=draw),
+        ),
+        (
+            "model has 'adapter' in 'blocks.0.attention' already",
+            lambda: transfer.with_adapters(transfer.with_adapters(model, 2, generator=draw), 2, generator=draw),
+        ),
+        (
+            "model has 'adapter' in 'features.0' already",
+            lambda: transfer.with_residual_adapters(transfer.with_residual_adapters(conv)),
+        ),
         ("model=ViT: must have low-rank updates", lambda: transfer.merged(model)),
         ("must have linear adapters", lambda: transfer.merged(transfer.with_adapters(model, 2, generator=draw))),
         ("count=0: must be", lambda: transfer.with_prompts(model, 0, generator=draw)),

@@ -74,6 +74,23 @@ def test_torchvisions_networks_have_a_last_layer(name: str, head: str) -> None:
     assert head not in transfer.layer_names(model)
 
 
+def test_a_networks_head_is_its_own_whatever_is_around_it() -> None:
+    vit, conv, draw = network("vit"), network("convnet"), generator()
+    for around in (
+        transfer.WithRotations(conv, generator=draw),
+        transfer.WithDomains(conv, generator=draw),
+        transfer.WithProjection(transfer.WithRotations(conv, generator=draw), generator=draw),
+    ):
+        found = transfer.parts.head_name(around)
+        assert around.get_submodule(found) is conv.head
+        assert transfer.with_head(around, 3, generator=draw).get_submodule(found).out_features == 3
+        close(transfer.features(around, split(5)), transfer.features(conv, split(5)), 0)
+    prompted = transfer.with_prompts(vit, 2, generator=draw)
+    assert transfer.parts.head_name(prompted) == "network.head"
+    updated = transfer.lora(prompted, 1, 1.0, generator=draw)
+    assert not hasattr(updated.network.head, "lora"), "the head, which trains anyway, never gets an update"
+
+
 # --- Features and probes ----------------------------------------------------------------------------------------------
 
 
