@@ -7,8 +7,8 @@ the 500 validation images of the target, for each number of labels anew. Each se
 own labels. Float32.
 
 "labels": what a source network brings, and how much of it may move. "sources": what else one can train on, most of it
-without a label; the classes of "labels", too. "domains" is in ``chapter_13_domains.py``, "numbers" and
-"handwriting" in ``chapter_13_vit.py``.
+without a label; the classes of "labels", too. "domains" is in ``chapter_13_domains.py``, "looks" in
+``chapter_13_looks.py``, "numbers" and "handwriting" in ``chapter_13_vit.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +27,7 @@ from course_lib.lab.runtime import data_folder
 from course_lib.lab.studies import Arm, Part, Study
 from course_lib.lab.training import Diverged, Recipe, evaluate, fit, fresh
 from course_lib.studies import chapter_13_domains as domains
+from course_lib.studies import chapter_13_looks as looks
 from course_lib.studies import chapter_13_vit as few_numbers
 from course_lib.studies.chapter_12 import PIXELS, SOURCE, TARGET, flipped_and_shifted, images, network, of_classes, sgd
 
@@ -283,6 +284,7 @@ STUDY = Study(
             "Sources with and without labels", data, {name: partial(from_source, name=name) for name in SOURCES}, SEEDS
         ),
         "domains": Part("Drawn digits with labels, real ones without", domains.real, domains.arms(), SEEDS),
+        "looks": Part("Drawn digits with labels, others drawn without", domains.drawn, looks.arms(), SEEDS),
         "numbers": Part("How few numbers of a transformer have to train", domains.real, few_numbers.arms(), SEEDS),
         "handwriting": Part("Who needs a source", few_numbers.handwritten, few_numbers.kinds(), SEEDS),
     },
