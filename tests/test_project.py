@@ -363,7 +363,7 @@ def test_help_lists_every_target() -> None:
     marking = {"class-setup", "class-release", "class-autograde", "class-feedback", "class-test"}
     room = {"hub", "class-passwords", "class-publish", "class-load", "class-progress", "class-bundle"}
     classroom = marking | room | {"class-slides", "class-timings"}
-    course = {"lab", "test", "run", "reset", "study", "bench", "clean", "help"}
+    course = {"lab", "test", "run", "reset", "study", "confirm", "bench", "clean", "help"}
     assert course | site | classroom == set(declared[1].split())
 
 
