@@ -14,8 +14,6 @@ from course_lib.lab.confirming import confirm, main, outdated
 from course_lib.lab.studies import Book, StudyOutdated, read, run_study
 
 BEFORE = """
-from functools import partial
-
 from course_lib.lab.data import load
 from course_lib.lab.studies import Part, Study
 
