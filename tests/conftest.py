@@ -2,13 +2,16 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import matplotlib
 import pytest
 import torch
 
 from course_lib.lab import exercises
+from course_lib.proving.emulated_cuda import emulated_cuda
 
 matplotlib.use("Agg")
 os.environ["COURSE_PROGRESS"] = "off"
@@ -19,11 +22,20 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if (marked := _on_a_gpu(item)) and not marked.kwargs.get("emulated", True):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, not one that is emulated"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test marked ``gpu`` runs on the GPU, or else on one that is emulated."""
+    with emulated_cuda() if _on_a_gpu(item) else nullcontext():
+        return (yield)
+
+
+def _on_a_gpu(item: pytest.Item) -> pytest.Mark | None:
+    return None if torch.cuda.is_available() else item.get_closest_marker("gpu")
 
 
 @pytest.fixture(autouse=True, scope="module")

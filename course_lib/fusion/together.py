@@ -34,8 +34,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from course_lib.lab.arguments import require
 from course_lib.lab.data import Dataset, batches, normalise
-from course_lib.lab.runtime import device, seed_everything
-from course_lib.lab.training import Objective, Recipe, cross_entropy
+from course_lib.lab.runtime import seed_everything
+from course_lib.lab.training import Objective, Recipe, cross_entropy, trains_on
 from course_lib.regularization.passes import Seen
 
 
@@ -113,7 +113,7 @@ def train_together(models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *
         usual = Recipe.__dataclass_fields__[slot].default
         require(f"recipe.{slot}", getattr(recipe, slot), partial(operator.eq, usual), f"{usual} here")
     require("recipe.precision", recipe.precision, lambda p: p != "bfloat16", "'float32' or 'float64' here")
-    where = device()
+    where, homes = trains_on(recipe), [next(model.parameters()).device for model in models]
     stack = Stack([model.to(where, recipe.dtype).train() for model in models])
     data = data.to(where)
     optimizer = recipe.optimizer(iter((name, p) for name, p in stack.parameters.items()))
@@ -133,6 +133,8 @@ def train_together(models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *
                 schedule.step()
             losses.append(found.detach())
     stack.unstack()
+    for model, home in zip(models, homes, strict=True):
+        model.to(home)
     return torch.stack(losses).cpu()
 
 

@@ -26,7 +26,7 @@ from course_lib.lab import plotting
 from course_lib.lab.arguments import at_least
 from course_lib.lab.data import Dataset
 from course_lib.lab.runtime import device, interactive, usable_cores
-from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
+from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh, trains_on
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -337,7 +337,7 @@ def _one_run(
             if callable(metric) and not isinstance(metric, Reach):
                 return float(metric(network, data)), True, history
             if metric in ("test_accuracy", "test_loss"):
-                on_test = evaluate(network, data.test)
+                on_test = evaluate(network.to(trains_on(arm)), data.test)
                 return {"test_accuracy": on_test.accuracy, "test_loss": on_test.loss}[metric], True, history
         else:
             found = arm(seed)

@@ -47,7 +47,7 @@ from course_lib.lab.arguments import require
 from course_lib.lab.data import Dataset
 from course_lib.lab.experiments import Comparison, one_thread, spread
 from course_lib.lab.fingerprints import fingerprint
-from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh
+from course_lib.lab.training import Diverged, History, Recipe, evaluate, fit, fresh, trains_on
 
 STUDIES = "course_lib.studies"  # the package with one module a chapter
 
@@ -262,7 +262,10 @@ def run_job(study: Study, job: Job, identity: str) -> dict[str, Any]:
             assert part.model is not None, "an arm that is a recipe needs the part's model"
             network = fresh(part.model, what, seed=job.seed)
             history = fit(network, data, what, seed=job.seed, progress=False)
-            value = history["val_accuracy"][-1] if job.tuning else evaluate(network, data.test).accuracy
+            if job.tuning:
+                value = history["val_accuracy"][-1]
+            else:
+                value = evaluate(network.to(trains_on(what)), data.test).accuracy
             first = first_loss(history, data, what)
         else:
             value = what(data, job.seed)

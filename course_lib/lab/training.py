@@ -279,6 +279,12 @@ def _home(model: nn.Module, split: Split) -> tuple[torch.device, torch.dtype]:
     return split.device, torch.float32
 
 
+def trains_on(recipe: Recipe) -> torch.device:
+    """The device on which ``fit`` trains by this recipe: ``device()``, but Apple's GPUs have no float64."""
+    where = device()
+    return torch.device("cpu") if recipe.precision == "float64" and where.type == "mps" else where
+
+
 def fit(
     model: nn.Module,
     data: Dataset,
@@ -288,8 +294,9 @@ def fit(
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> History:
-    """Train ``model`` in place by ``recipe`` and return the history of the run.
+    """Train ``model`` in place by ``recipe``, on ``device()``, and return the history of the run.
 
+    Afterwards the model lies where it lay before: on the processor, unless you moved it to the GPU yourself.
     The same arguments give the same weights on the same machine with the same number of threads. With ``checkpoint``
     the state of the run is written there after each validation that ends an epoch; a run that was killed goes on from
     it and ends as if nothing had happened (weights and history are bit-identical but for the times). So does one that
@@ -304,9 +311,7 @@ def fit(
     Unfingerprintable : with ``checkpoint``, for a slot of which it cannot be told whether it is the same another time.
     """
     require("seed", seed, lambda s: is_whole(s) and 0 <= s < 2**32, "a whole number from 0 to 2**32 - 1")
-    where = device()
-    if recipe.precision == "float64" and where.type == "mps":
-        where = torch.device("cpu")  # Apple's GPUs have no float64
+    where, home = trains_on(recipe), _home(model, data.train)[0]
     model, data = model.to(where, recipe.dtype), data.to(where)
     doors.check_network(model, data)
     network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
@@ -363,7 +368,8 @@ def fit(
         history.stopped = recipe.stop is not None and recipe.stop(history)
 
     show = interactive() if progress is None else progress
-    with tqdm(total=sum(steps), initial=sum(steps[: history.epochs]), disable=not show, leave=False) as bar:
+    shown = tqdm(total=sum(steps), initial=sum(steps[: history.epochs]), disable=not show, leave=False)
+    with _brought_back(model, home), shown as bar:
         since = Stretch()
         while history.epochs < recipe.epochs and not history.stopped:
             epoch = history.epochs + 1
@@ -398,6 +404,15 @@ def fit(
     elif average:
         model.load_state_dict(average.model.state_dict())
     return history
+
+
+@contextmanager
+def _brought_back(model: nn.Module, home: torch.device) -> Iterator[None]:
+    """Afterwards, also after an error, the model lies where it lay."""
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 class Stretch:

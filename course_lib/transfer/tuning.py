@@ -37,7 +37,6 @@ from torch.optim import Optimizer
 from course_lib.lab.arguments import at_least, require
 from course_lib.lab.data import Dataset, Split, batches
 from course_lib.lab.models import freeze, thaw
-from course_lib.lab.runtime import device
 from course_lib.lab.training import History, Inputs, Objective, Recipe, cross_entropy, fit
 from course_lib.merging.states import (
     State,
@@ -259,11 +258,8 @@ def linear_probe_then_fine_tune(
 
 
 def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A copy that trains, where and in the type in which ``fit`` computes."""
-    where = device()
-    if recipe.precision == "float64" and where.type == "mps":
-        where = torch.device("cpu")
-    return thaw(copy.deepcopy(model)).to(where, recipe.dtype)
+    """A copy that trains, in the type in which ``fit`` computes."""
+    return thaw(copy.deepcopy(model)).to(recipe.dtype)
 
 
 # --- Some layers before others, and faster ----------------------------------------------------------------------------

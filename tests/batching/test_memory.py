@@ -172,7 +172,7 @@ def test_a_step_that_runs_out_is_one_that_does_not_fit() -> None:
         largest_batch(memory.fits_on_device(model, wrong, ADAM))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_a_gpu_that_runs_out() -> None:
     """A limit on the process makes the device small; the next size up must really fail."""
     total = torch.cuda.get_device_properties(0).total_memory

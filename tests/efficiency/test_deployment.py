@@ -271,7 +271,7 @@ def test_bad_input_is_named(model: nn.Module) -> None:
             call()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_on_a_gpu(model: nn.Module) -> None:
     x = normal(3, *SHAPE).cuda()
     program = d.exported(model.cuda(), x)

@@ -81,7 +81,7 @@ def test_inputs_are_copied_into_the_same_memory() -> None:
         made(torch.ones(1))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_a_graph_does_what_the_function_does() -> None:
     layer = torch.nn.Linear(8, 8).cuda()
 
@@ -100,7 +100,7 @@ def test_a_graph_does_what_the_function_does() -> None:
         captured(fn, [torch.ones(4, 8), torch.ones(4, 8)])
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_a_training_step_as_a_graph() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 1).cuda()

@@ -258,7 +258,7 @@ def test_mixed_step_is_autocast_by_hand(scaled: bool) -> None:
     assert all(torch.isfinite(m).all() for m in masters)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_on_a_gpu() -> None:
     x = normal(100, dtype=torch.float32).cuda()
     generator = torch.Generator("cuda").manual_seed(0)

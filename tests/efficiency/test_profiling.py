@@ -295,7 +295,7 @@ def test_at_the_door() -> None:
         by_layer(nn.ReLU(), torch.ones(2))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_on_cuda() -> None:
     x = torch.randn(512, 512, device="cuda")
     table = profile_steps(lambda: (x @ x).relu(), 2, device="cuda")

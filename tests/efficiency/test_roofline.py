@@ -97,7 +97,7 @@ def test_measuring_at_the_door() -> None:
             measured_peaks(device="cpu", **settings)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_measured_on_cuda(dtype: torch.dtype) -> None:
     found = measured_peaks(dtype, device="cuda")

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -190,5 +190,8 @@ def test_bad_arguments_are_named(call: object, named: str) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    found: Tensor = logits_of(fusion.deep_ensemble_at_once(MLP, SMALL, EXACT, members=2, seed=3), SMALL.test)
-    assert found.is_cuda
+    """Trained there, the networks come back to where they lay."""
+    made = fusion.deep_ensemble_at_once(MLP, SMALL, EXACT, members=2, seed=3)
+    assert {p.device.type for p in made.parameters()} == {"cpu"}
+    expected = logits_of(fusion.deep_ensemble(MLP, SMALL, EXACT, members=2, seed=3), SMALL.test)
+    torch.testing.assert_close(logits_of(made.cuda(), SMALL.test), expected, rtol=1e-9, atol=1e-9)

@@ -438,10 +438,29 @@ def test_logits_of_a_split_come_in_its_order_and_whole():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_learns_on_cuda(monkeypatch, precision):
     monkeypatch.setenv("COURSE_DEVICE", "cuda")
-    model = network()
-    history = fit(model, blobs(), replace(RECIPE, epochs=5, precision=precision), seed=0)
-    assert next(model.parameters()).is_cuda
+    model, seen = network(), set()
+
+    def device_of(model: nn.Module, data: Dataset) -> float:
+        seen.update((next(model.parameters()).device.type, data.val.device.type))
+        return 0.0
+
+    recipe = replace(RECIPE, epochs=5, precision=precision, watch={"seen": device_of})
+    history = fit(model, blobs(), recipe, seed=0)
     assert history["val_accuracy"][-1] > 0.8
+    assert seen == {"cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_the_model_comes_back_to_where_it_lay(monkeypatch, home):
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    model = network().to(home)
+    fit(model, blobs(), replace(RECIPE, epochs=1, keep="val_loss"), seed=0)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {home}
+    broken = replace(RECIPE, epochs=1, objective=lambda model, x, y: cross_entropy(model, x, y) * math.nan)
+    with pytest.raises(Diverged):
+        fit(model, blobs(), broken, seed=0)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {home}
 
 
 def test_each_part_keeps_its_own_mode():

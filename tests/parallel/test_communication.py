@@ -828,7 +828,7 @@ def test_a_gpu_does_the_same(digits: Dataset, compress: less.Compress) -> None:
     assert relative(flat(delayed).cpu(), flat(reference)) < 1e-9
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_pinned_memory_is_not_slower() -> None:
     ratio = input_pipeline.measure_pinned(16)
     assert ratio is not None

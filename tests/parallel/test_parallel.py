@@ -230,7 +230,7 @@ def test_only_shared_memory_is_shared() -> None:
     assert not own.is_shared()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_tensors_travel_without_the_gpu_and_nccl_is_the_default() -> None:
     x = torch.arange(3.0, device="cuda")
     assert [found[0].device.type for found in launch(functions.echo, 2, x)] == ["cpu", "cpu"]

@@ -1048,7 +1048,7 @@ def test_semi_structured_needs_the_pattern_and_a_gpu() -> None:
         semi_structured(model)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_semi_structured_on_the_gpu() -> None:
     model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)).half().cuda()
     apply_masks(model, {"0": torch.tensor([True, False, False, True]).repeat(256, 32)})
@@ -1065,7 +1065,13 @@ def test_shrinking_on_the_gpu(name: str) -> None:
     small = shrink(prune_channels(model, x, 0.5), x)
     assert widest_gap(model, small, x) <= 1e-12
     assert {tensor.device.type for tensor in small.state_dict().values()} == {"cuda"}
-    assert cost(small, x).peak_bytes < cost(model, x).peak_bytes
+
+
+@pytest.mark.gpu(emulated=False)
+@pytest.mark.parametrize("name", ["convnet", "resnet", "vit", "grouped"])
+def test_shrinking_frees_memory_of_the_gpu(name: str) -> None:
+    model, x = make(name).cuda(), images().cuda()
+    assert cost(shrink(prune_channels(model, x, 0.5), x), x).peak_bytes < cost(model, x).peak_bytes
 
 
 def test_the_models_own_words() -> None:
