@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -70,6 +70,10 @@ class Elsewhere(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """As a tensor of a GPU is printed."""
         return f"{repr(self.held)[:-1]}, device='{SAID}')"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is stored are the numbers."""
+        return self.held.__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -169,8 +173,8 @@ def _backward(
 
 def _index(index: Any) -> Any:
     if isinstance(index, tuple):
-        return tuple(torch.tensor(part) if isinstance(part, list) else part for part in index)
-    return torch.tensor(index) if isinstance(index, list) else index
+        return tuple(_index(part) if isinstance(part, list) else part for part in index)
+    return torch.tensor(index, dtype=None if index else torch.int64) if isinstance(index, list) else index
 
 
 _IN_LOWER_PRECISION = {
@@ -210,6 +214,24 @@ def _meant(leaf: Any) -> Any:
     return _device() if isinstance(leaf, str) and leaf in ("cuda", "cuda:0") else leaf
 
 
+def _applied(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As ``nn.Module._apply``; a parameter that moves stays the same object, but where a graph still holds it."""
+    keeps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return _apply(module, fn, recurse)
+    except RuntimeError as error:
+        if "Couldn't swap" not in str(error):
+            raise
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        return _apply(module, fn, recurse)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(keeps)
+
+
+_apply = nn.Module._apply
+
+
 @cache
 def _device() -> torch.device:
     _setup_privateuseone_for_python_backend("elsewhere")
@@ -239,11 +261,7 @@ def emulated_cuda() -> Iterator[None]:
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
-    keeps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays the same object
     one_thread = torch.autograd.set_multithreading_enabled(False)  # another thread would not know of the modes
-    with mock.patch.multiple(torch.cuda, **nothing, **answers), one_thread, _Computes(), _Says():
-        try:
-            yield
-        finally:
-            torch.__future__.set_swap_module_params_on_conversion(keeps)
+    moves = mock.patch.object(nn.Module, "_apply", _applied)
+    with mock.patch.multiple(torch.cuda, **nothing, **answers), moves, one_thread, _Computes(), _Says():
+        yield

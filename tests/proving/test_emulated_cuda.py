@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,7 @@ ALLOWED: dict[str, Callable[[], Any]] = {
     "a number of the processor": lambda: HERE.cuda() * torch.tensor(2.0) + 1,
     "an index of the processor": lambda: HERE.cuda()[torch.tensor([0, 2])],
     "a list": lambda: HERE.cuda()[[0, 2]],
+    "an empty list": lambda: HERE.cuda()[[]],
     "a copy": lambda: HERE.clone().copy_(HERE.cuda()),
     "a mask that fills": lambda: HERE.cuda().masked_fill(HERE.cuda() > 0, 3.0),
     "a choice": lambda: torch.where(HERE.cuda() > 0, 1.0, 0.0),
@@ -106,6 +108,22 @@ def test_a_network_that_moves_keeps_its_parameters() -> None:
         model.cpu()
     assert all(a is b and a.device.type == "cpu" for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is not None and p.grad.device.type == "cpu" for p in before)
+
+
+def test_a_network_moves_while_a_graph_holds_it() -> None:
+    model = nn.Linear(3, 2)
+    with emulated_cuda():
+        held = model.cuda()(HERE.cuda()).sum()
+        assert model.cpu().weight.device.type == "cpu"
+        assert held.requires_grad
+
+
+def test_weights_are_stored_and_read(tmp_path: Path) -> None:
+    with emulated_cuda():
+        model = nn.Linear(3, 2).cuda()
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        model.load_state_dict(torch.load(tmp_path / "weights.pt", map_location="cpu", weights_only=True))
+        assert model.weight.is_cuda
 
 
 def test_gradients_of_functions_and_many_at_once() -> None:
