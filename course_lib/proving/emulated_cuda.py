@@ -15,6 +15,7 @@ dispatch mode (what computes) and a function mode (what is said: ``cuda:0``).
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -41,8 +42,8 @@ def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
     if kind is list or isinstance(tree, tuple):
         found = [_mapped(change, branch) for branch in tree]
         return found if kind is list else kind(*found) if hasattr(tree, "_fields") else kind(found)
-    if kind is dict:
-        return {key: _mapped(change, branch) for key, branch in tree.items()}
+    if kind in (dict, OrderedDict):
+        return kind((key, _mapped(change, branch)) for key, branch in tree.items())
     return change(tree)
 
 
@@ -229,7 +230,16 @@ def _applied(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = 
         torch.__future__.set_swap_module_params_on_conversion(keeps)
 
 
-_apply = nn.Module._apply
+def _loaded(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """As ``torch.load``; what is to come to the device comes there after it was read."""
+    place = _meant(map_location)
+    if place is map_location:
+        return _load(file, map_location=map_location, **kwargs)
+    read = _load(file, map_location="cpu", **kwargs)
+    return _mapped(lambda leaf: leaf.to(place) if isinstance(leaf, Tensor) else leaf, read)
+
+
+_apply, _load = nn.Module._apply, torch.load
 
 
 @cache
@@ -263,5 +273,6 @@ def emulated_cuda() -> Iterator[None]:
     }
     one_thread = torch.autograd.set_multithreading_enabled(False)  # another thread would not know of the modes
     moves = mock.patch.object(nn.Module, "_apply", _applied)
-    with mock.patch.multiple(torch.cuda, **nothing, **answers), moves, one_thread, _Computes(), _Says():
+    reads = mock.patch.object(torch, "load", _loaded)
+    with mock.patch.multiple(torch.cuda, **nothing, **answers), moves, reads, one_thread, _Computes(), _Says():
         yield

@@ -122,8 +122,11 @@ def test_weights_are_stored_and_read(tmp_path: Path) -> None:
     with emulated_cuda():
         model = nn.Linear(3, 2).cuda()
         torch.save(model.state_dict(), tmp_path / "weights.pt")
-        model.load_state_dict(torch.load(tmp_path / "weights.pt", map_location="cpu", weights_only=True))
-        assert model.weight.is_cuda
+        for place in ("cpu", "cuda"):
+            read = torch.load(tmp_path / "weights.pt", map_location=place, weights_only=True)
+            assert {tensor.device.type for tensor in read.values()} == {place}
+            model.load_state_dict(read)
+            assert model.weight.is_cuda
 
 
 def test_gradients_of_functions_and_many_at_once() -> None:
