@@ -20,7 +20,8 @@ class Interval:
 
 
 @pytest.fixture
-def claims():
+def claims(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
     return Claims()
 
 
@@ -138,6 +139,14 @@ def test_the_table_shows_long_sentences_whole_and_escapes_html(claims):
     assert sentence in claims.table()._repr_html_()
     assert "a &lt; 2" in claims.table()._repr_html_()
     assert sentence.strip() in repr(claims.table())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_claim_that_fails_is_marked_and_the_notebook_goes_on(claims, monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    made = claims.claim("bringing the images takes little", "spent < 0.5", spent=0.8)
+    assert repr(made).startswith("✗ does not hold on this device: bringing the images takes little")
+    assert "✗" in claims.table()["claim"][0]
 
 
 def test_in_the_full_profile_a_claim_that_fails_is_marked_and_the_notebook_goes_on(claims, monkeypatch):
