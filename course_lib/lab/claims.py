@@ -5,9 +5,9 @@
     claims.table()
 
 A claim that does not hold stops the notebook: an executed chapter states nothing that its own numbers do not bear out.
-The sentences are about the quick profile's data on a processor. In the full profile, where other data may say otherwise,
-and on a GPU, where other things take the time, a claim that does not hold is marked ✗, on its line and in the table, and
-the notebook goes on.
+The sentences are about the quick profile's data on a processor. In the full profile, where other data may say
+otherwise, and on a GPU, where other things take the time, a claim that does not hold is marked ✗, on its line and in
+the table, and the notebook goes on.
 """
 
 import ast
