@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (marked := _on_a_gpu(item)) and not marked.kwargs.get("emulated", True):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, not one that is emulated"))
+
+
+def pytest_collection_finish() -> None:
+    """What stands for the tests stays for the whole run, and a search for garbage, of which a measurement of time or
+    memory makes several, would go through a million objects of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

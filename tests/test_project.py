@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -61,8 +62,13 @@ def modules(folder: Path = PACKAGE) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def imports(path: Path) -> list[tuple[int, str]]:
     """Line and full dotted name of all that a file imports, anywhere in it; ``from a import b`` is ``a.b``."""
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -142,9 +148,15 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@cache
+def distributions_of_packages() -> Mapping[str, list[str]]:
+    """What must be installed for an import; looked up once, for it reads all that is installed."""
+    return metadata.packages_distributions()
+
+
 def test_every_import_is_pinned() -> None:
     files = ("requirements.txt", "requirements-docs.txt", "requirements-dev.txt")
-    distributions, pinned = metadata.packages_distributions(), pins(*files)
+    distributions, pinned = distributions_of_packages(), pins(*files)
     brought = {"docutils", "markdown_it", "myst_parser", "fontTools"}  # by sphinx, myst-nb and matplotlib
     own = {
         "course_lib",
@@ -170,7 +182,7 @@ def test_what_course_lib_imports_is_declared() -> None:
     block = re.search(r"^dependencies = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     declared = {canonical(name) for name in re.findall(r'"([A-Za-z0-9._-]+?)>=', block[1])}
-    distributions = metadata.packages_distributions()
+    distributions = distributions_of_packages()
     only_under_pytest = {"pytest", "nbval", "xdist", "psutil"}
     tops = {name.split(".")[0] for path in modules() for _, name in imports(path)}
     third_party = tops - set(sys.stdlib_module_names) - {"course_lib"} - only_under_pytest
@@ -200,13 +212,18 @@ def test_conda_gets_the_same() -> None:
 # Chapters
 
 
+@cache
+def stored(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS[name], as_version=4)
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_has_its_module_and_its_tests(name: str) -> None:
     chapter = next((chapter for chapter in CHAPTERS if chapter.file == name), None)
     assert chapter, f"{name} is no chapter's notebook; those are {', '.join(c.file for c in CHAPTERS)}"
     if chapter.module:
         assert technique_files(chapter.module), f"{name} teaches course_lib/{chapter.module}, which is not there"
-    cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
+    cells = stored(name).cells
     if any(re.search(r"\bcheck\(['\"]\d\d\.\d", cell.source) for cell in cells if cell.cell_type == "code"):
         assert (PACKAGE / "checks" / f"chapter_{name[:2]}.py").is_file(), f"{name} uses check(): its checks are missing"
 
@@ -215,7 +232,7 @@ WIDTH, HEIGHT = 88, 24  # a column of the docs, half a laptop's screen
 
 
 def cells_of(name: str, kind: str) -> list[tuple[int, nbformat.NotebookNode]]:
-    cells = nbformat.read(NOTEBOOKS[name], as_version=4).cells
+    cells = stored(name).cells
     return [(number, cell) for number, cell in enumerate(cells) if cell.cell_type == kind]
 
 

@@ -139,8 +139,7 @@ def ghost(model: nn.Module, size: int) -> nn.Module:
 
 def _ghost_of(part: Any, size: int) -> _Ghost:
     kind = _KINDS.get(type(part), type(part))
-    settings = {"eps": part.eps, "momentum": part.momentum, "affine": part.affine}
-    new = kind(part.num_features, size, track_running_stats=part.track_running_stats, **settings)
-    # the very parameters and buffers of the copy: their type, device and requires_grad stay
-    new._parameters, new._buffers = part._parameters, part._buffers
-    return new.train(part.training)
+    new = kind.__new__(kind)
+    # all that the part of the copy holds: parameters, settings, mode, and the hooks by which it is frozen or has noise
+    new.__dict__.update(vars(part), size=size)
+    return new

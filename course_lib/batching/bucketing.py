@@ -29,6 +29,8 @@ from course_lib.lab.arguments import at_least, require
 def length_buckets(lengths: Tensor, size: int, generator: torch.Generator, *, pool: int | None = None) -> list[Tensor]:
     """Return batches of ``size`` indices (the last of each pool may be smaller), each sequence in one, in random order.
 
+    Indices are on the CPU, as everywhere in this chapter.
+
     Parameters
     ----------
     lengths : int64 ``[N]``, at least 1 each.
@@ -64,7 +66,7 @@ def by_tokens(lengths: Tensor, budget: int, generator: torch.Generator, *, pool:
     batches = []
     for chosen in _pools(lengths, pool, generator):
         start = 0
-        for end, length in enumerate(lengths[chosen].tolist()):  # rising: the newest is the longest
+        for end, length in enumerate(lengths.cpu()[chosen].tolist()):  # rising: the newest is the longest
             if (end - start + 1) * length > budget:
                 batches.append(chosen[start:end])
                 start = end
@@ -76,7 +78,7 @@ def _pools(lengths: Tensor, pool: int, generator: torch.Generator) -> list[Tenso
     """The sequences in pools, each sorted by length; equal lengths in random order."""
     _check_lengths(lengths)
     require("generator", generator, lambda g: g.device.type == "cpu", "a CPU generator")
-    order = torch.randperm(len(lengths), generator=generator)
+    order, lengths = torch.randperm(len(lengths), generator=generator), lengths.cpu()
     return [part[lengths[part].argsort(stable=True)] for part in order.split(pool)]
 
 
@@ -91,8 +93,9 @@ def padding(lengths: Tensor, batches: Sequence[Tensor]) -> float:
         raise ValueError(
             f"batches holds {[len(batch) for batch in batches]} sequences: must hold batches of at least 1"
         )
-    cells = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return 1 - sum(int(lengths[batch].sum()) for batch in batches) / cells
+    found = [lengths[batch.to(lengths.device)] for batch in batches]
+    cells = sum(len(batch) * int(batch.max()) for batch in found)
+    return 1 - sum(int(batch.sum()) for batch in found) / cells
 
 
 def pad_batch(sequences: Sequence[Tensor], *, value: float = 0) -> tuple[Tensor, Tensor]:

@@ -185,12 +185,15 @@ def last_layer_scores(model: nn.Module, split: Split) -> Tensor:
 def gradient_norms(model: nn.Module, split: Split, *, objective: Objective = cross_entropy, chunk: int = 64) -> Tensor:
     """Return the norm of each example's gradient, ``[N]``, in evaluation mode; ``chunk`` of them at once.
 
+    They lie where the split does, as the other scores.
+
     Raises
     ------
     ValueError : as ``per_example_gradients``.
     """
     with evaluating(model):
-        return torch.cat([rows.norm(dim=1) for rows in gradient_chunks(model, split, objective=objective, chunk=chunk)])
+        chunks = gradient_chunks(model, split, objective=objective, chunk=chunk)
+        return torch.cat([rows.norm(dim=1) for rows in chunks]).to(split.device)
 
 
 # --- Curricula --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ and change nothing, so a tracked run takes the very steps of the run without.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ class NoiseScale:
     def __init__(self, decay: float = 0.99) -> None:
         require("decay", decay, lambda d: is_number(d) and 0 <= d < 1, "a number of at least 0 and less than 1")
         self.decay = decay
+        self._hooks: list[Any] = []
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +67,7 @@ class NoiseScale:
         return {"decay": self.decay}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.decay = state["decay"]
+        self.decay, self._hooks = state["decay"], []
         self.reset()
 
     def update(self, small_sq: Sequence[float], sizes: Sequence[int], big_sq: float) -> Estimates:
@@ -100,6 +101,15 @@ class NoiseScale:
     def noise_scale(self) -> float:
         """The ratio of the averages, in examples; NaN before the first step, infinite where no gradient is seen."""
         return self.estimates.noise_scale if self.steps else math.nan
+
+    def look_at(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Hear of the gradients of these from now on, and no longer of those of the run before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for parameter in parameters:
+            self._hooks.append(parameter.register_hook(self.seen_part))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self.seen_sum))
 
     # What the hooks of a tracked run call, in this order: begin, then for each part seen_part and seen_sum, then close.
 
@@ -163,10 +173,7 @@ def _told(model: nn.Module, x: Inputs, y: Tensor, *, objective: Objective, track
 def _hooked(parameters: Iterator[tuple[str, nn.Parameter]], *, make: Any, tracker: NoiseScale) -> Optimizer:
     named = list(parameters)
     tracker.reset()
-    for _, parameter in named:
-        if parameter.requires_grad:
-            parameter.register_hook(tracker.seen_part)
-            parameter.register_post_accumulate_grad_hook(tracker.seen_sum)
+    tracker.look_at(parameter for _, parameter in named if parameter.requires_grad)
     return make(iter(named))
 
 

@@ -161,8 +161,8 @@ def divergence(counts: Tensor, start: int, end: int, levels: int) -> float:
     p[0] += counts[:start].sum()
     p[-1] += counts[end:].sum()
     filled = (p > 0).to(p.dtype)
-    level = torch.arange(len(p)) * levels // len(p)
-    none = torch.zeros(levels, dtype=p.dtype)
+    level = torch.arange(len(p), device=p.device) * levels // len(p)
+    none = p.new_zeros(levels)
     merged, shared = (none.index_add(0, level, v) for v in (inside, filled))
     q = filled * (merged / shared.clamp(min=1))[level]
     # for the logarithm an empty bin gets a trace of the others, as in ONNX Runtime

@@ -199,7 +199,7 @@ def signed(difference: Tensor) -> Signs:
 
 
 def delta(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
-    """Return what the parameters and buffers of a network differ by from those of its base, by name.
+    """Return what the parameters and buffers of a network differ by from those of its base, by name, where that lies.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def delta(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
     for name in [*before, *after]:
         if name not in before or name not in after or before[name].shape != after[name].shape:
             raise ValueError(f"tuned differs from base in {name!r}: must be of one architecture")
-    return {name: after[name].detach() - before[name].detach() for name in before}
+    return {name: after[name].detach().to(before[name].device) - before[name].detach() for name in before}
 
 
 def compress_delta(
@@ -268,8 +268,9 @@ def refit_scales(
     at_least(1, steps=steps)
     signs = {n: part for n, part in parts.items() if isinstance(part, Signs)}
     require("parts", list(parts), lambda _: bool(signs), "a delta of which some part is signed")
-    student, teacher = restore(base, parts).eval(), copy.deepcopy(tuned).eval()
-    before = base.state_dict()
+    where, before = next(base.parameters()).device, base.state_dict()
+    signs = {n: Signs(part.positive.to(where), part.scale.to(where)) for n, part in signs.items()}
+    student, teacher = restore(base, parts).eval(), copy.deepcopy(tuned).to(where).eval()
     start = {name: before[name].detach() for name in signs}
     # a scale of 0, of a matrix that was not tuned, stays so: minus infinity gets no gradient
     logs = {n: part.scale.log().clone().requires_grad_() for n, part in signs.items()}

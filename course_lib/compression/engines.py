@@ -426,12 +426,13 @@ def onnx_engine(path: str | Path, threads: int = 1) -> Engine:
 
 
 def torch_engine(model: nn.Module) -> Engine:
-    """A network in torch, in evaluation mode without gradients, on as many threads as torch is set to."""
+    """A network in torch, in evaluation mode without gradients, on its device or as many threads as torch is set to."""
     plain = copy.deepcopy(model).eval()
+    where = next((value.device for value in plain.state_dict().values()), torch.device("cpu"))
 
     def answer(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return plain(x)
+            return plain(x.to(where)).to(x.device)
 
     return Engine(answer, saved_size(plain))
 
@@ -457,7 +458,7 @@ def compare_engines(engines: Mapping[str, Engine], x: Tensor, *, rounds: int = 1
     rows = {}
     for name, engine in engines.items():
         y = engine.answer(x)
-        speed = compare_speed(lambda: base.answer(x), lambda e=engine: e.answer(x), rounds=rounds, device="cpu")  # type: ignore[misc]
+        speed = compare_speed(lambda: base.answer(x), lambda e=engine: e.answer(x), rounds=rounds, device=x.device)  # type: ignore[misc]
         rows[name] = {
             "bytes": engine.bytes,
             "smaller": base.bytes / engine.bytes,

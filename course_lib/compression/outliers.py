@@ -254,7 +254,7 @@ def smooth_quant(
     ------
     ValueError : there is no batch, no such pair, ``alpha`` is not in [0, 1], or the network's answer changes.
     """
-    given, made = [*batches], copy.deepcopy(model)
+    given, made = [_beside(model, x) for x in batches], copy.deepcopy(model)
     require("batches", given, bool, "at least one batch of inputs")
     for norm, names in _checked_pairs(made, given[0], pairs).items():
         linears = {name: made.get_submodule(name) for name in names}
@@ -380,7 +380,7 @@ def awq_model(
     ------
     ValueError : as ``awq``; there is no batch; or a name is not that of a linear layer that runs.
     """
-    given = [*batches]
+    given = [_beside(model, x) for x in batches]
     require("batches", given, bool, "at least one batch of inputs")
     every = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     for name in layers or []:
@@ -401,11 +401,16 @@ def _check_magnitudes(magnitudes: Tensor, weight: Tensor) -> None:
     require("magnitudes", tuple(magnitudes.shape), lambda shape: shape == wanted, f"of shape {wanted}")
 
 
+def _beside(model: nn.Module, x: Tensor) -> Tensor:
+    """Inputs on the device of the network."""
+    return x.to(next(model.parameters()).device)
+
+
 @torch.no_grad()
 def _answer(model: nn.Module, x: Tensor) -> Tensor:
     modes = {part: part.training for part in model.modules()}
     try:
-        return model.eval()(x)
+        return model.eval()(_beside(model, x))
     finally:
         for part, training in modes.items():
             part.training = training

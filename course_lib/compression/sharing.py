@@ -137,7 +137,7 @@ def optimal_centroids(values: Tensor, clusters: int) -> Tensor:
     edges = [len(x)]
     for k in range(clusters, 0, -1):
         edges.insert(0, cut[k, edges[0]])
-    return torch.tensor([x[a:b].mean() for a, b in pairwise(edges)])
+    return torch.tensor([x[a:b].mean() for a, b in pairwise(edges)]).to(values.device)
 
 
 # --- Sharing ----------------------------------------------------------------------------------------------------------

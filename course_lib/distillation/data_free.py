@@ -121,7 +121,7 @@ def invert(
 
     Parameters
     ----------
-    labels : int64 ``[N]``, on the teacher's device.
+    labels : int64 ``[N]``.
     generator : a CPU generator, for the noise and the jitter.
     jitter : at each step the whole batch is rolled by up to so many pixels each way: what is seen only at one place is
         a trick on the teacher, and no sign.
@@ -140,6 +140,7 @@ def invert(
     if labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
         raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: must be int64 [N], N > 0")
     like = next(p for p in teacher.parameters() if p.is_floating_point())
+    labels = labels.to(like.device)
     x = torch.randn((len(labels), *input_shape), generator=generator, dtype=like.dtype).to(like.device)
     x.requires_grad_()
     optimizer = torch.optim.Adam([x], lr=lr)

@@ -131,7 +131,7 @@ def gradient_weights(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     check_matrix(teacher_logits=teacher_logits)
     if labels.dtype != torch.int64 or labels.shape != teacher_logits.shape[:1]:
         raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: must be int64 [{len(teacher_logits)}]")
-    p = teacher_logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    p = teacher_logits.softmax(1).gather(1, labels.to(teacher_logits.device)[:, None])[:, 0]
     return p / p.mean()
 
 
@@ -179,8 +179,10 @@ def sampled_risks(losses: Tensor, posterior: Tensor, draws: int, generator: torc
     """
     at_least(1, draws=draws)
     _check_risk(losses, posterior)
-    labels = torch.multinomial(posterior, draws, replacement=True, generator=generator)  # [N, draws]
-    return losses.gather(1, labels).mean(0)
+    # where the generator is: the draws are then the same for tensors on any device
+    chances = posterior.to(generator.device)
+    labels = torch.multinomial(chances, draws, replacement=True, generator=generator)  # [N, draws]
+    return losses.gather(1, labels.to(losses.device)).mean(0)
 
 
 class TeacherRisk(NamedTuple):

@@ -67,7 +67,7 @@ def soft_targets(
 ) -> Tensor:
     r"""Return :math:`(1-\lambda)` of the objective and :math:`\lambda` (``mix``) of the soft loss.
 
-    At ``mix=1`` the objective, and the labels with it, are not looked at.
+    At ``mix=1`` the objective is not computed, and the labels are not looked at.
 
     Raises
     ------

@@ -223,7 +223,7 @@ def bootstrap_optimism(right: Tensor, *, generator: torch.Generator, draws: int 
     n = right.shape[1]
     picked = torch.randint(n, (draws, n), generator=generator)
     counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picked, torch.ones(draws, n).double())
-    drawn = counts @ right.double().mT / n  # [draws, E]
+    drawn = counts.to(right.device) @ right.double().mT / n  # [draws, E]
     highest, epoch = drawn.max(1)
     gaps = highest - right.double().mean(1)[epoch]
     return Drawn(gaps.mean().item(), gaps.std().item() / math.sqrt(draws))

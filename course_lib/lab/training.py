@@ -9,7 +9,7 @@ said of arguments that do not fit together in ``doors.py``.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -296,7 +296,8 @@ def fit(
 ) -> History:
     """Train ``model`` in place by ``recipe``, on ``device()``, and return the history of the run.
 
-    Afterwards the model lies where it lay before: on the processor, unless you moved it to the GPU yourself.
+    Networks that the objective holds in its settings, such as a teacher, come along. Afterwards all lie where they lay
+    before: on the processor, unless you moved them to the GPU yourself.
     The same arguments give the same weights on the same machine with the same number of threads. With ``checkpoint``
     the state of the run is written there after each validation that ends an epoch; a run that was killed goes on from
     it and ends as if nothing had happened (weights and history are bit-identical but for the times). So does one that
@@ -311,7 +312,8 @@ def fit(
     Unfingerprintable : with ``checkpoint``, for a slot of which it cannot be told whether it is the same another time.
     """
     require("seed", seed, lambda s: is_whole(s) and 0 <= s < 2**32, "a whole number from 0 to 2**32 - 1")
-    where, home = trains_on(recipe), _home(model, data.train)[0]
+    where, company = trains_on(recipe), [model, *networks_of(recipe.objective)]
+    homes = [(network, _home(network, data.train)[0]) for network in company]
     model, data = model.to(where, recipe.dtype), data.to(where)
     doors.check_network(model, data)
     network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
@@ -369,7 +371,7 @@ def fit(
 
     show = interactive() if progress is None else progress
     shown = tqdm(total=sum(steps), initial=sum(steps[: history.epochs]), disable=not show, leave=False)
-    with _brought_back(model, home), shown as bar:
+    with _brought_along(homes, where), shown as bar:
         since = Stretch()
         while history.epochs < recipe.epochs and not history.stopped:
             epoch = history.epochs + 1
@@ -406,13 +408,26 @@ def fit(
     return history
 
 
+def networks_of(objective: Any) -> list[nn.Module]:
+    """The networks among the settings of an objective, also of those within, each a ``functools.partial``."""
+    if isinstance(objective, nn.Module):
+        return [objective]
+    if isinstance(objective, partial):
+        return networks_of([objective.func, *objective.args, *objective.keywords.values()])
+    parts = objective if isinstance(objective, list | tuple) else ()
+    return [network for part in parts for network in networks_of(part)]
+
+
 @contextmanager
-def _brought_back(model: nn.Module, home: torch.device) -> Iterator[None]:
-    """Afterwards, also after an error, the model lies where it lay."""
+def _brought_along(homes: Sequence[tuple[nn.Module, torch.device]], where: torch.device) -> Iterator[None]:
+    """Within it the networks are on the device; afterwards, also after an error, they lie where they lay."""
     try:
+        for network, _ in homes:
+            network.to(where)
         yield
     finally:
-        model.to(home)
+        for network, home in homes:
+            network.to(home)
 
 
 class Stretch:

@@ -133,7 +133,8 @@ def weight_similarity(a: nn.Module, b: nn.Module) -> float:
     The larger it is the nearer the networks: of all orders :math:`\|\theta_a\|` and :math:`\|\theta_b\|` are the same.
     """
     theirs = parameters_of(b)
-    return sum(float((doubled(value) * doubled(theirs[name])).sum()) for name, value in parameters_of(a).items())
+    own = parameters_of(a).items()
+    return sum(float((doubled(value) * doubled(theirs[name].to(value.device))).sum()) for name, value in own)
 
 
 def match_weights(

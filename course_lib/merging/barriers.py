@@ -156,7 +156,7 @@ def plane(
     if batch_norms(a) and prepare is None:
         raise ValueError("prepare=None: must be given for networks with batch norm, to refresh its statistics")
     origin, *others = (parameters_of(model) for model in (a, b, c))
-    to_b, to_c = (doubled(flat(combined([other, origin], [1.0, -1.0]))) for other in others)
+    to_b, to_c = (doubled(flat(combined([origin, other], [-1.0, 1.0]))) for other in others)  # where a lies
     length = to_b.norm()
     along = to_b @ to_c / length.clamp_min(torch.finfo(torch.float32).tiny)
     height = (to_c - along / length * to_b).norm() if length > 0 else length

@@ -149,7 +149,7 @@ def deeper(
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         inserted = [layer, nn.ReLU()]
     else:
-        norm = _undone_norm(_outputs_of(made, after, batch, training=True), image)
+        norm = _undone_norm(_outputs_of(made, after, batch.to(seen.device), training=True), image)
         inserted = [layer, norm, nn.ReLU()]
     made.set_submodule(after, nn.Sequential(parts[after], *inserted).train(parts[after].training))
     return made

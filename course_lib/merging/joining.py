@@ -21,7 +21,7 @@ from course_lib.lab.arguments import require
 from course_lib.lab.tracing import IS_OUTPUT, CannotShrink, ChannelGroup, Inputs, channel_groups
 from course_lib.merging.alignment import example_of
 from course_lib.merging.sizes import answers, check_answers, put, recount
-from course_lib.merging.states import parameters_of, state_of
+from course_lib.merging.states import home, parameters_of, state_of
 
 
 @torch.no_grad()
@@ -39,8 +39,9 @@ def join(models: Sequence[nn.Module], *, example_input: Inputs | None = None) ->
     found = list(models)
     require("models", found, bool, "at least one network")
     example = example_of(found[0], example_input)
-    groups = [channel_groups(model, example) for model in found]
-    states = [state_of(model) for model in found]
+    groups = [channel_groups(model, example_of(model, example_input)) for model in found]
+    where = home(found[0]).device
+    states = [{name: value.to(where) for name, value in state_of(model).items()} for model in found]
     ways = [_axes(each) for each in groups]
     for place, (state, way) in enumerate(zip(states, ways, strict=True)):
         if state.keys() != states[0].keys() or way != ways[0]:
@@ -48,7 +49,7 @@ def join(models: Sequence[nn.Module], *, example_input: Inputs | None = None) ->
     for group in groups[0]:
         if group.why_not not in (None, IS_OUTPUT):
             raise CannotShrink(f"models cannot be joined: the units of {group.name} do not go apart, {group.why_not}")
-    wanted = torch.stack([answers(model, example) for model in found]).mean(0)
+    wanted = torch.stack([answers(model, example).to(where) for model in found]).mean(0)
     last = {member.layer for group in groups[0] if group.why_not for member in group.members}
     made = copy.deepcopy(found[0])
     reading = {name for name in parameters_of(made) if name.rpartition(".")[0] in last}

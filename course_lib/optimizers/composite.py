@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,3 +63,11 @@ class Composite(Optimizer):
             raise ValueError(f"state_dict holds the state of {len(states)} parts; it must be {len(self.parts)}")
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
+
+
+def _stored(composite: Composite) -> tuple[type[Composite], tuple[Optimizer, ...]]:
+    return Composite, composite.parts
+
+
+# A copy (``copy.deepcopy``, ``pickle``) is made of copies of the parts, which hold all there is.
+copyreg.pickle(Composite, _stored)

@@ -75,7 +75,8 @@ def exact_duplicates(inputs: Tensor) -> list[Tensor]:
 
 def conflicts(groups: Iterable[Tensor], labels: Tensor) -> list[Tensor]:
     """Return those groups of copies whose labels ``[N]`` differ: at least one of each is wrong."""
-    return [members for members in groups if bool((labels[members] != labels[members[0]]).any())]
+    named = ((members, labels[members.to(labels.device)]) for members in groups)
+    return [members for members, own in named if bool((own != own[0]).any())]
 
 
 class Pairs(NamedTuple):

@@ -187,7 +187,7 @@ def confident_joint(labels: Tensor, probabilities: Tensor) -> Tensor:
     ValueError : as ``class_thresholds``.
     """
     likely, classes = confident_labels(labels, probabilities), probabilities.shape[1]
-    sure = likely >= 0
+    labels, sure = labels.to(likely.device), likely >= 0
     return (labels[sure] * classes + likely[sure]).bincount(minlength=classes**2).view(classes, classes)
 
 
@@ -201,14 +201,14 @@ def estimated_joint(labels: Tensor, probabilities: Tensor) -> Tensor:
     labels. Source: as ``confident_joint``.
     """
     counts = confident_joint(labels, probabilities).double()
-    given = class_counts(labels, len(counts)).double()
+    given = class_counts(labels, len(counts)).to(counts)
     return counts / counts.sum(1, keepdim=True) * (given / given.sum())[:, None]
 
 
 def off_diagonal(labels: Tensor, probabilities: Tensor) -> Tensor:
     """Return the examples that ``confident_joint`` counts off its diagonal: they confidently belong elsewhere."""
     likely = confident_labels(labels, probabilities)
-    return (likely >= 0) & (likely != labels)
+    return (likely >= 0) & (likely != labels.to(likely.device))
 
 
 def prune_by_class(labels: Tensor, probabilities: Tensor) -> Tensor:
@@ -261,6 +261,7 @@ def precision_and_recall(found: Tensor, truly_wrong: Tensor) -> PrecisionRecall:
     for name, mask in (("found", found), ("truly_wrong", truly_wrong)):
         if mask.dtype != torch.bool or mask.ndim != 1 or len(mask) != len(found):
             raise ValueError(f"{name} is {mask.dtype} {list(mask.shape)}: must be a mask, bool [{len(found)}]")
+    truly_wrong = truly_wrong.to(found.device)
     both = (found & truly_wrong).sum().double()
     return PrecisionRecall(float(both / found.sum()), float(both / truly_wrong.sum()))
 

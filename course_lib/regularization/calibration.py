@@ -14,8 +14,9 @@ name                        what it gives                                       
 ``Tempered``                a network whose logits are divided by it
 ==========================  ==========================================================  ================================
 
-Logits are ``[N, K]``, labels int64 ``[N]``. The calibration error depends on the bins and is biased upwards where they
-hold few examples; the Brier score and the cross-entropy need none, but mix calibration with accuracy.
+Logits are ``[N, K]``, labels int64 ``[N]``, both on one device, as ``logits_of`` gives them. The calibration error
+depends on the bins and is biased upwards where they hold few examples; the Brier score and the cross-entropy need none,
+but mix calibration with accuracy.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def brier_score(logits: Tensor, labels: Tensor) -> float:
     """
     _check(logits, labels)
     q = logits.double().softmax(1)
-    return (q - F.one_hot(labels, q.shape[1])).square().sum(1).mean().item()
+    return (q - F.one_hot(labels.to(q.device), q.shape[1])).square().sum(1).mean().item()
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

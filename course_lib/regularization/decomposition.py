@@ -85,6 +85,7 @@ def cross_entropy_parts(logits: Tensor, labels: Tensor) -> Parts:
     ValueError : there are fewer than two predictors, or labels of another shape.
     """
     _check(logits, labels, logits.shape[1:-1])
+    labels = labels.to(logits.device)
     log_q = F.log_softmax(logits, -1)
     log_mean = F.log_softmax(log_q.mean(0), -1)
     bias = F.nll_loss(log_mean, labels).item()
@@ -114,6 +115,7 @@ def zero_one_parts(named: Tensor, labels: Tensor, classes: int) -> Parts:
     ValueError : there are fewer than two predictors, or labels of another shape.
     """
     _check(named, labels, named.shape[1:])
+    labels = labels.to(named.device)
     main = main_prediction(named, classes)
     right = main == labels
     costs = ((named != main) & right).double().mean().item()

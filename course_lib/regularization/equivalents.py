@@ -1,4 +1,4 @@
-r"""The penalties that noise is equal to: exactly for linear models, to second order for networks.
+r"""The penalties that noise is equal to: exactly for linear regression, to second order for all else.
 
 ==================================  ==================================================  ================================
 name                                what it gives                                       source
@@ -16,7 +16,8 @@ name                                what it gives                               
 ==================================  ==================================================  ================================
 
 A linear model is a vector w ``[D]`` with predictions ``X @ w``. Written for comparison, in the type of the tensors that
-come in: give float64. They are values, not objectives; gradients flow through those of linear models alone.
+come in: give float64. But for ``squared_error`` they are values, not objectives; of those of networks, what comes back
+from ``input_noise_curvature`` and ``input_noise_tikhonov`` is cut off from the graph.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def input_noise_solution(X: Tensor, y: Tensor, std: float) -> Tensor:
 
     Raises
     ------
-    ValueError : as ``input_noise_loss``.
+    ValueError : as ``input_noise_loss``, or y has another number of rows.
     """
     check_matrix(X=X)
     check_not_negative(std=std)
@@ -79,8 +80,8 @@ def dropout_loss(X: Tensor, y: Tensor, w: Tensor, p: float) -> Tensor:
 
     .. math:: \tfrac{1}{2N}\|y-Xw\|^2+\tfrac{1}{2N}\,\tfrac{p}{1-p}\sum_j(X^\top X)_{jj}\,w_j^2
 
-    A ridge penalty in which each weight counts by the size of its feature: after scaling all features alike it is plain
-    ridge, and no scaling of features changes what dropout does.
+    A ridge penalty in which each weight counts by the size of its feature. Where all features are of one size it is
+    plain ridge; and however features are scaled, the best predictions under dropout stay.
 
     Raises
     ------
@@ -95,7 +96,8 @@ def dropout_solution(X: Tensor, y: Tensor, p: float) -> Tensor:
 
     Raises
     ------
-    ValueError : as ``dropout_loss``; torch's error where the matrix is singular, as with ``p=0`` and too few examples.
+    ValueError : as ``dropout_loss``. Not where the matrix is singular, as with ``p=0`` and too few examples: then there
+        is no one minimum, and rounding decides what comes back, unless torch refuses.
     """
     return torch.linalg.solve(X.mT @ X + torch.diag(_feature_sizes(X, p)), X.mT @ y)
 

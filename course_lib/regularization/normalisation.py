@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from course_lib.lab.arguments import at_least, require
-from course_lib.regularization.placing import ACTIVATIONS
+from course_lib.regularization.placing import ACTIVATIONS, with_noise_of
 
 # --- Pure functions, with the arguments of torch.nn.functional --------------------------------------------------------
 
@@ -183,7 +183,7 @@ def with_norm(network: nn.Module, kind: Kind, *, groups: int = 4) -> nn.Module:
     convolutional layer and the activation that follows it in a ``Sequential``. On images "layer" is group norm with one
     group, as usual. "none" and "weight" leave a shift where a normalisation was, and "weight" puts weight norm on every
     linear and convolutional layer but ``head``; a weight that has a parametrization already keeps that alone. Other
-    weights stay what they are.
+    weights stay what they are, and so does noise (``placing``).
 
     Parameters
     ----------
@@ -200,7 +200,9 @@ def with_norm(network: nn.Module, kind: Kind, *, groups: int = 4) -> nn.Module:
     norms = [(name, part) for name, part in changed.named_modules() if isinstance(part, NORMS)]
     for name, part in norms:
         above, _, last = name.rpartition(".")
-        setattr(changed.get_submodule(above), last, _like(_in_place_of(part, kind, groups), part))
+        new = _like(_in_place_of(part, kind, groups), part)
+        # stochastic depth stands behind the last normalisation of a branch
+        setattr(changed.get_submodule(above), last, with_noise_of(new, part))
     if not norms and kind not in ("none", "weight"):
         places = sum(_put_between(part, kind, groups) for part in changed.modules() if isinstance(part, nn.Sequential))
         if not places:

@@ -171,6 +171,14 @@ def _before(part: Any, noise: nn.Module) -> None:
         part.register_forward_pre_hook(_in_through)
 
 
+def with_noise_of(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Return a module that takes the place of another, with the noise that stands before and behind that one."""
+    for name, put in (("noise", _after), ("noise_before", _before)):
+        if name in old._modules:
+            put(new, old.get_submodule(name))
+    return new
+
+
 def _out_through(part: Any, args: Any, output: Tensor) -> Tensor:
     return part.noise(output)
 

@@ -52,12 +52,12 @@ def hessian_vector(
     """
     plain = copy.deepcopy(model)
     weights = _trainable(plain)
-    where = weights[0].device
+    there = data.to(weights[0].device)
 
     def product(v: Tensor) -> Tensor:
         parts = _like(weights, v)
         total = torch.zeros_like(v)
-        for x, y in batches(data.to(where), batch_size, dtype=weights[0].dtype):
+        for x, y in batches(there, batch_size, dtype=weights[0].dtype):
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
                 loss = objective(plain, x, y) * (len(y) / len(data))
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
@@ -167,9 +167,9 @@ def preconditioned_sharpness(
 
     .. math:: P = (1 - \beta_1^t)\,\Big(\mathrm{diag}\sqrt{v / (1 - \beta_2^t)} + \epsilon\Big)
 
-    It is that of the symmetric :math:`P^{-1/2} H P^{-1/2}`. Large batches bring it to
-    ``adam_stability_limit``. ``optimizer`` is an ``Adam`` or ``AdamW``, of torch or chapter 2, that has taken a step of
-    ``model``. Source: Cohen et al. 2022, arXiv:2207.14484.
+    It is that of the symmetric :math:`P^{-1/2} H P^{-1/2}`; with AMSGrad v is the largest that it has been. Large
+    batches bring it to ``adam_stability_limit``. ``optimizer`` is an ``Adam`` or ``AdamW``, of torch or chapter 2, that
+    has taken a step of ``model``. Source: Cohen et al. 2022, arXiv:2207.14484.
 
     Raises
     ------
@@ -200,7 +200,8 @@ def adam_preconditioner(model: nn.Module, optimizer: Optimizer) -> Tensor:
             )
         group, step = group_of[id(p)], float(state["step"])
         beta1, beta2 = group["betas"]
-        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+        squares = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+        scale = (squares / (1 - beta2**step)).sqrt() + group["eps"]
         parts.append(((1 - beta1**step) * scale).flatten())
     return torch.cat(parts)
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from course_lib.batching import accumulation
 from course_lib.batching.accumulation import GhostBatchNorm1d, GhostBatchNorm2d, accumulated_gradient, ghost
 from course_lib.lab.data import batches, load
-from course_lib.lab.models import convnet, mlp, resnet
+from course_lib.lab.models import convnet, freeze, mlp, resnet
 from course_lib.lab.training import Recipe, fit, fresh
+from course_lib.regularization import StochasticDepth, with_stochastic_depth
 
 RECIPE = Recipe(epochs=2, precision="float64", batch_size=12)
 CLOSE = {"rtol": 0.0, "atol": 1e-12}
@@ -158,6 +159,18 @@ def test_the_conversion_copies_and_keeps_everything() -> None:
     assert resized.features[1].size == 3
     assert changed.features[1].size == 6
     assert isinstance(ghost(nn.BatchNorm1d(3), 2), GhostBatchNorm1d)
+
+
+def test_ghosts_keep_the_noise_and_the_rest_of_what_they_replace(batch: tuple[Tensor, Tensor]) -> None:
+    x, _ = batch
+    deep = with_stochastic_depth(network(resnet, width=2), 1.0).train()
+    branches = [part for part in ghost(deep, 4).modules() if isinstance(part, StochasticDepth)]
+    assert [part.p for part in branches] == [part.p for part in deep.modules() if isinstance(part, StochasticDepth)]
+    assert len(branches) == 3
+    frozen = ghost(freeze(network(width=2)), 4).train()
+    before = copy.deepcopy(frozen.state_dict())
+    frozen(x)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
 
 
 def test_what_has_no_ghosts_says_so() -> None:

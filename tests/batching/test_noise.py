@@ -303,6 +303,16 @@ def test_a_tracked_run_takes_the_steps_of_one_without_and_sees_its_gradients(dat
     assert tracker.steps == 6
 
 
+def test_a_network_that_is_tracked_again_is_looked_at_once(data: Dataset) -> None:
+    watched = tracked(replace(RECIPE, batch_size=12, accumulate=3), NoiseScale(decay=0.5))
+    model = network()
+    fit(model, data, watched, seed=1)
+    copied = copy.deepcopy(model)
+    columns = ("noise_scale", "gradient_sq", "trace")
+    expected, found = (fit(each, data, watched, seed=2).rows[-1] for each in (copied, model))
+    assert [found[name] for name in columns] == [expected[name] for name in columns]
+
+
 def test_the_tracked_noise_scale_is_that_of_the_population(data: Dataset) -> None:
     """A rate of zero holds the gradients still; what is left is chance, which 200 epochs average out."""
     recipe = Recipe(

@@ -334,10 +334,11 @@ def test_bad_input_is_named(model: ViT) -> None:
 @pytest.mark.gpu
 def test_on_the_gpu(model: ViT) -> None:
     there = copy.deepcopy(model).cuda()
-    assert answer(ol.with_matmul(there, ol.rotated_matmul), batch().cuda()).is_cuda
+    some = ["blocks.0.attention.qkv", "blocks.0.mlp.0"]
+    assert answer(ol.with_matmul(there, ol.rotated_matmul, layers=some), batch().cuda()).is_cuda
     loud = ol.inject_outliers(there, batch().cuda(), channels=CHANNELS)
     smooth = ol.smooth_quant(loud, [batch().cuda()])
     torch.testing.assert_close(answer(smooth, batch().cuda()).cpu(), answer(model, batch()), rtol=0, atol=1e-9)
-    here = ol.awq_model(model, [batch()], Grid(3), 8)
-    for name, made in ol.awq_model(there, [batch().cuda()], Grid(3), 8).items():
+    here = ol.awq_model(model, [batch()], Grid(3), 8, layers=some, points=5)
+    for name, made in ol.awq_model(there, [batch().cuda()], Grid(3), 8, layers=some, points=5).items():
         torch.testing.assert_close(made.dequantise().cpu(), here[name].dequantise())

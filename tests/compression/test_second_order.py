@@ -334,7 +334,7 @@ def test_on_the_gpu() -> None:
         here, there = method(w, so.hessian(x), Grid(3)), method(w.cuda(), so.hessian(x.cuda()), Grid(3))
         assert there.integers.is_cuda
         assert torch.equal(there.integers.cpu(), here.integers)
-    model = vit((1, 8, 8), 4, width=16, depth=1).double()
-    on_gpu = so.gptq_model(copy.deepcopy(model).cuda(), [normal(20, 1, 8, 8).cuda()], Grid(4), 8)
-    for name, weight in so.gptq_model(model, [normal(20, 1, 8, 8)], Grid(4), 8).items():
+    model = vit((1, 8, 8), 4, width=8, depth=1, heads=2).double()
+    on_gpu = so.gptq_model(copy.deepcopy(model).cuda(), [normal(10, 1, 8, 8).cuda()], Grid(4), 8)
+    for name, weight in so.gptq_model(model, [normal(10, 1, 8, 8)], Grid(4), 8).items():
         assert torch.equal(on_gpu[name].integers.cpu(), weight.integers)

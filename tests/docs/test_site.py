@@ -3,25 +3,37 @@
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from site_builder import archive, notebooks
-from tests.docs.building import ROOT
+from tests.docs.building import MADE, ROOT, build
 from tests.docs.elements import Elements
 
 CHAPTERS = notebooks.chapters()
 MEGABYTE = 1e6
 
 
-@lru_cache(maxsize=256)
 def elements(path: Path) -> Elements:
     return Elements(path.read_text(encoding="utf-8"))
+
+
+@cache
+def joints(page: Path) -> tuple[list[tuple[str, str]], set[str]]:
+    """What a page loads or leads to (the attribute and the address), and the anchors at which it can be entered."""
+    found = elements(page).found
+    out = [
+        (f"{tag} {name}", attributes[name])
+        for tag, attributes in found
+        for name in ("href", "src", "data-frames", "poster")
+        if name in attributes and not (tag == "link" and attributes.get("rel") == "canonical")
+    ]
+    return list(dict.fromkeys(out)), {attributes["id"] for _, attributes in found if "id" in attributes}
 
 
 def page_of(site: Path, chapter: notebooks.Chapter) -> Path:
@@ -32,30 +44,26 @@ def pages(site: Path) -> list[Path]:
     return sorted(site.rglob("*.html"))
 
 
-def addresses(page: Path) -> Iterator[tuple[str, str]]:
-    """What a page loads or leads to: the attribute and the address."""
-    for tag, attributes in elements(page).found:
-        for name in ("href", "src", "data-frames", "poster"):
-            if name in attributes and not (tag == "link" and attributes.get("rel") == "canonical"):
-                yield f"{tag} {name}", attributes[name]
-
-
 def test_every_link_picture_and_anchor_is_there(site: Path) -> None:
+    @cache  # the pages of a folder lead to the same places
+    def place(folder: Path, path: str) -> Path | None:
+        target = (folder / unquote(path)).resolve()
+        target = target / "index.html" if target.is_dir() else target
+        return target if target.is_file() else None
+
     missing = []
     for page in pages(site):
-        for what, address in addresses(page):
+        for what, address in joints(page)[0]:
             scheme, _, path, _, anchor = urlsplit(address)
             if scheme in ("http", "https", "mailto", "data"):
                 continue
-            target = (page.parent / unquote(path)).resolve() if path else page
-            if target.is_dir():
-                target /= "index.html"
-            if not target.is_file():
+            target = place(page.parent, path) if path else page
+            if target is None:
                 missing.append(f"{page.relative_to(site)}: {what}={address}")
-            elif anchor and target.suffix == ".html" and page.name != "genindex.html":
-                ids = {attributes.get("id") for _, attributes in elements(target).found}
-                if unquote(anchor) not in ids:
-                    missing.append(f"{page.relative_to(site)}: no anchor {address}")
+                continue
+            held = anchor and target.suffix == ".html" and page.name != "genindex.html"
+            if held and unquote(anchor) not in joints(target)[1]:
+                missing.append(f"{page.relative_to(site)}: no anchor {address}")
     assert not missing, "\n".join(missing[:40])
 
 
@@ -65,7 +73,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     loaded = [
         f"{page.relative_to(site)}: {what}={address}"
         for page in pages(site)
-        for what, address in addresses(page)
+        for what, address in joints(page)[0]
         if outside.match(address) and not what.startswith("a ")
     ]
     for sheet in site.rglob("*.css"):
@@ -118,7 +126,7 @@ def test_a_chapters_page_is_light(site: Path, chapter: notebooks.Chapter) -> Non
     """With all its pictures, its explorer's frames, and every style sheet, script and font of the site's."""
     path = page_of(site, chapter)
     needed = {path, *site.glob("_static/katex/fonts/*.woff2"), *(site / "fonts").glob("*")}
-    for what, address in addresses(path):
+    for what, address in joints(path)[0]:
         target = (path.parent / unquote(urlsplit(address).path)).resolve()
         if not what.startswith("a ") and target.suffix != ".html" and target.is_file():
             needed.add(target)
@@ -158,11 +166,9 @@ def test_formulas_are_set_in_the_page(site: Path) -> None:
 
 
 def test_a_second_build_changes_nothing(site: Path) -> None:
-    from tests.docs.building import built
-
     before = {path: path.stat().st_mtime_ns for path in (site / "chapters").glob("*.html")}
-    built.cache_clear()
-    built()
+    with FileLock(MADE / "lock"):
+        build()
     assert {path: path.stat().st_mtime_ns for path in (site / "chapters").glob("*.html")} == before
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from course_lib.lab.data import Dataset, Split, batches, random_shift
 from course_lib.lab.runtime import seed_everything
-from course_lib.lab.training import Diverged, Recipe, cross_entropy, evaluate, fit, logits_of
+from course_lib.lab.training import Diverged, Recipe, cross_entropy, evaluate, fit, logits_of, networks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -461,6 +461,23 @@ def test_the_model_comes_back_to_where_it_lay(monkeypatch, home):
     with pytest.raises(Diverged):
         fit(model, blobs(), broken, seed=0)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {home}
+
+
+@pytest.mark.gpu
+def test_networks_of_the_objective_come_along(monkeypatch):
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    seen = []
+
+    def taught(model, x, y, *, teacher, objective=cross_entropy):
+        seen.append(next(teacher.parameters()).device.type)
+        return objective(model, x, y) + 0 * teacher(x).sum()
+
+    one, other = network(), network()
+    chain = partial(taught, teacher=one, objective=partial(taught, teacher=other))
+    assert networks_of(chain) == [one, other]
+    fit(network(), blobs(), replace(RECIPE, epochs=1, objective=chain), seed=0)
+    assert set(seen) == {"cuda"}
+    assert {p.device.type for teacher in (one, other) for p in teacher.parameters()} == {"cpu"}
 
 
 def test_each_part_keeps_its_own_mode():

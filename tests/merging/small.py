@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
+from unittest import mock
 
+import pandas as pd
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -73,3 +79,55 @@ def same_weights(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+Move = Callable[[Any], Any]
+"""Brings a tensor, a network or a data set to where a case is computed; numbers and networks get its type, too."""
+Case = Callable[[Move], Any]
+
+
+def on_the_gpu_as_here(case: Case, dtype: torch.dtype = torch.float64, *, lies: str = "cuda") -> None:
+    """What a case gives on the GPU it gives on the CPU, too; and its tensors lie where they should."""
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-3
+    with mock.patch.dict(os.environ, COURSE_DEVICE="cpu"):
+        here = [*_leaves(case(partial(_moved, where="cpu", dtype=dtype)))]
+    there = [*_leaves(case(partial(_moved, where="cuda", dtype=dtype)))]
+    for found, wanted in zip(there, here, strict=True):
+        if isinstance(wanted, Tensor):
+            assert (found.device.type, found.dtype) == (lies, wanted.dtype)
+            found, wanted = found.detach().cpu(), wanted.detach()
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+        elif isinstance(wanted, float):
+            assert found == pytest.approx(wanted, rel=tolerance, abs=tolerance, nan_ok=True)
+        else:
+            assert found == wanted
+
+
+def _moved(what: Any, where: str, dtype: torch.dtype) -> Any:
+    numbers = isinstance(what, nn.Module) or (isinstance(what, Tensor) and what.is_floating_point())
+    return what.to(where, dtype) if numbers else what.to(where)
+
+
+def _leaves(found: Any) -> Iterator[Any]:
+    if isinstance(found, nn.Module):
+        yield from _leaves(found.state_dict())
+    elif isinstance(found, pd.DataFrame):
+        yield from _leaves(found.to_dict("list"))
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield key
+            yield from _leaves(value)
+    elif dataclasses.is_dataclass(found):
+        yield from _leaves([getattr(found, field.name) for field in dataclasses.fields(found)])
+    elif isinstance(found, Sequence) and not isinstance(found, str):
+        for value in found:
+            yield from _leaves(value)
+    else:
+        yield found
+
+
+def every_name_once(package: Any, *groups: Iterable[str]) -> None:
+    """All that a package offers stands in one of the groups, and nothing else does."""
+    assert sorted(name for group in groups for name in group) == sorted(package.__all__)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from course_lib import merging
 from course_lib.lab.data import batches
-from course_lib.lab.models import mlp
+from course_lib.lab.models import mlp, resnet
 from course_lib.lab.tracing import open_attention
 from course_lib.lab.training import fresh
 from course_lib.merging import alignment
@@ -348,7 +348,9 @@ def test_bad_input_is_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_alignment_on_the_gpu(name: str) -> None:
-    a, b, held = network(name, 0), network(name, 1), split(30)
+    two_stages = partial(resnet, (1, 8, 8), 4, width=3, blocks=(1, 1))
+    make = partial(fresh, two_stages, EXACT) if name == "resnet" else partial(network, name)
+    a, b, held = make(seed=0).eval(), make(seed=1).eval(), split(10)
     there = [copy.deepcopy(model).cuda() for model in (a, b)]
     by_weights = merging.match_weights(a, b, generator=generator())
     assert all(torch.equal(order, by_weights[key]) for key, order in

@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -944,6 +945,22 @@ def test_composite_resumes_exactly() -> None:
     second.load_state_dict(torch.load(buffer, weights_only=True))
     train(resumed, second, first=40, steps=STEPS - 40)
     assert difference(whole, resumed) == 0
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_a_composite_goes_on_by_itself(again: Callable[[Any], Any]) -> None:
+    net = Net()
+    composite = muon_and_adamw(net)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(composite, 0.5)  # it puts a `step` of its own on the instance
+    train(net, composite, steps=5)
+    schedule.step()
+    other, its = again((net, composite))
+    train(other, its, first=5, steps=5)
+    assert difference(other, net) > 1e-3, "a copy must not move the original"
+    train(net, composite, first=5, steps=5)
+    assert difference(other, net) == 0
+    assert [type(part) for part in its.parts] == [Muon, AdamW]
+    assert its.state_dict()["parts"][0]["state"].keys() == composite.state_dict()["parts"][0]["state"].keys()
 
 
 def test_a_schedule_reaches_every_part_of_a_composite() -> None:

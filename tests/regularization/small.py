@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from course_lib.lab.models import convnet, mlp, resnet, vit
 from course_lib.lab.training import Recipe, fresh
@@ -61,3 +66,31 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
         loss, list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return list(found)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+Move = Callable[[Any], Any]
+"""Brings a tensor, a network or a data set to where a case is computed."""
+
+
+def on_the_gpu_as_here(case: Callable[[Move], Any], *, rtol: float = 1e-8, lies: str = "cuda") -> None:
+    """Whatever a case gives on the GPU it gives on the CPU, too; and its tensors lie where they should."""
+    with mock.patch.dict(os.environ, COURSE_DEVICE="cpu"):
+        here = tree_leaves(case(lambda x: x))
+    for mine, theirs in zip(here, tree_leaves(case(lambda x: x.to("cuda"))), strict=True):
+        if isinstance(mine, Tensor):
+            assert theirs.device.type == lies
+            torch.testing.assert_close(
+                theirs.detach().cpu(), mine.detach(), rtol=rtol, atol=1e-3 * rtol, equal_nan=True
+            )
+        elif isinstance(mine, float):
+            assert theirs == pytest.approx(mine, rel=rtol, abs=1e-3 * rtol, nan_ok=True)
+        else:
+            assert theirs == mine
+
+
+def every_name_once(package: Any, *groups: str | Iterable[str]) -> None:
+    """All that a package offers stands in one of the groups, and nothing else does."""
+    names = [name for group in groups for name in (group.split() if isinstance(group, str) else group)]
+    assert sorted(names) == sorted(package.__all__)

@@ -147,6 +147,17 @@ def test_norms_are_swapped(name: str, kind: Any) -> None:
     assert all(not part.training for part in other.modules())
 
 
+@pytest.mark.parametrize("kind", ["batch", "layer", "group", "weight", "none"])
+def test_noise_stays_where_a_norm_is_swapped(kind: Any) -> None:
+    """The whole last branch is switched off by stochastic depth, which stands behind a norm."""
+    model, (x, _) = network("resnet"), images()
+    deep = reg.with_norm(reg.with_dropout(reg.with_stochastic_depth(model, 1.0), 0.0), kind, groups=2).train()
+    last = deep.stages[-1][-1]  # type: ignore[index,union-attr]
+    assert last.norm2.noise.p == 1.0
+    assert not last.norm2(torch.ones(1, 16, 2, 2, dtype=x.dtype)).any()
+    assert str(reg.without_noise(deep)) == str(reg.with_norm(model, kind, groups=2))
+
+
 def test_the_same_kind_again_is_the_same_network() -> None:
     model, (x, _) = network("convnet"), images()
     again = reg.with_norm(model, "batch")

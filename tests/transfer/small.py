@@ -28,7 +28,7 @@ def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=drawn, dtype=parameter.dtype))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=drawn, dtype=parameter.dtype).to(parameter))
     return model
 
 
