@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
 SAID = torch.device("cuda", 0)
@@ -242,9 +242,24 @@ def _loaded(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
 _apply, _load = nn.Module._apply, torch.load
 
 
+class _Backend(_DummyBackendModule):
+    """What torch asks a device's module for; it stays registered, so ``torch.utils.checkpoint`` asks it later, too."""
+
+    def get_rng_state(self, *_: Any) -> Tensor:
+        """The processor draws."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, *_: Any) -> None:
+        """Nothing: whoever sets this sets the processor's as well."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """The types of ``torch.autocast``."""
+        return [torch.bfloat16, torch.float16]
+
+
 @cache
 def _device() -> torch.device:
-    _setup_privateuseone_for_python_backend("elsewhere")
+    _setup_privateuseone_for_python_backend("elsewhere", _Backend())
     return torch.device("elsewhere", 0)
 
 
